@@ -1,0 +1,51 @@
+"""Every error PortNet raises on purpose. Each says what was wrong, what was expected, and what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PortNetError(Exception):
+    """Base of all PortNet errors."""
+
+
+class InputError(PortNetError, ValueError):
+    """An argument has the wrong shape, dtype, range or content."""
+
+
+class UnknownName(InputError):
+    """A backend, preset, layer or data set of that name does not exist."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        known = sorted(known)
+        near = get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class WeightsError(PortNetError):
+    """A weights file is missing, damaged, or belongs to another network."""
+
+
+class PictureError(PortNetError):
+    """A picture cannot be read."""
+
+
+class Unavailable(PortNetError):
+    """A backend's device cannot be used here: why, and what would change that."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class Unsupported(PortNetError):
+    """The device is there, but not what was asked of it (a precision, an engine, training). Never replaced in silence."""
+
+
+class PluginError(PortNetError):
+    """A plug-in is broken, or two of them claim one name."""
+
+
+class RecordError(PortNetError):
+    """A record is damaged or of an unknown schema."""
