@@ -201,7 +201,7 @@ def _sources() -> tuple[list[_Source], list[Problem]]:
             sources += [_Source(entry=e, distribution=name) for e in active.entry_points.select(group=GROUP)]
         except Exception as error:
             problems.append(_unreadable(candidate, error))
-    if GROUP not in seen:
+    if not any(s.distribution == GROUP for s in sources):
         problems.append(
             Problem(
                 plugin=GROUP,
