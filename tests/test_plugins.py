@@ -253,6 +253,7 @@ def test_a_raising_probe_is_reported_by_name_and_auto_goes_on(site):
         "SystemExit",
         "no card",
         "not a Device",
+        "ImportError: no libvendor",
     ):
         assert said in str(none.value)
     assert "ours" not in str(none.value)
