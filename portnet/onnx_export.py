@@ -1,0 +1,240 @@
+"""A graph and its weights as an ONNX model, lowered layer by layer; nothing is traced.
+
+Operators as in https://onnx.ai/onnx/operators. Everything is float32; only the batch size is left open.
+"""
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from portnet.contract import Weights
+from portnet.errors import InputError, Unsupported, WeightsError
+from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU, Step
+
+if TYPE_CHECKING:
+    import onnx
+
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+_OLDEST_OPSET = 13  # Pad and Split take their amounts as inputs from here on.
+_LARGEST = 2**31 - 2**20  # A protobuf message ends at 2 GiB; the graph around the weights takes a few KiB.
+
+
+def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool = False) -> "onnx.ModelProto":
+    """The network at inference as an ONNX model.
+
+    Input ``images``, float32 ``(batch, *graph.input)``; output ``logits``, float32 ``(batch, *graph.output)``. A
+    layer's value carries the layer's name (the last one's is the logits), an initialiser the parameter's. With
+    `every_layer` each layer's value, the last one's too, is an output under its name, in order and before the logits. The metadata hold `preset`, `options` and `normalisation` (JSON)
+    and the version of `portnet`. The IR version is the lowest that `opset` allows, but at least 8.
+
+    Raises `WeightsError` where `weights` are not float32 arrays of the graph's names and shapes, `InputError` for an
+    `opset` out of range, a layer named ``images`` or ``logits``, or a network beyond protobuf's 2 GiB, and
+    `Unsupported` for a layer that ONNX has no exact counterpart of.
+    """
+    from onnx import TensorProto, defs, helper
+
+    newest = defs.onnx_opset_version()
+    if not _OLDEST_OPSET <= opset <= newest:
+        raise InputError(
+            f"opset must lie between {_OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset}"
+        )
+    _check(graph, weights)
+
+    def info(name: str, shape: tuple[int, ...]) -> "onnx.ValueInfoProto":
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape])
+
+    body, value, values = _Body(graph, weights), INPUT, []
+    for step in graph.steps:
+        last = step is graph.steps[-1]
+        target = OUTPUT if last and not every_layer else step.layer.name
+        if not body.add(step, value, target):
+            if not (last or every_layer):
+                continue
+            body.node("Identity", [value], target)
+        values.append(info(target, step.output))
+        value = target
+    if every_layer:
+        body.node("Identity", [value], OUTPUT)
+        values.append(info(OUTPUT, graph.output))
+
+    opsets = [helper.make_opsetid("", opset)]
+    portnet = _version()
+    model = helper.make_model(
+        helper.make_graph(
+            body.nodes,
+            graph.preset,
+            [info(INPUT, graph.input)],
+            values if every_layer else values[-1:],
+            body.initialisers,
+            value_info=[] if every_layer else values[:-1],
+        ),
+        opset_imports=opsets,
+        ir_version=max(8, helper.find_min_ir_version_for(opsets)),
+        producer_name="portnet",
+        producer_version=portnet,
+    )
+    normalisation = {"mean": graph.normalisation.mean, "scale": graph.normalisation.scale}
+    helper.set_model_props(
+        model,
+        {
+            "preset": graph.preset,
+            "options": json.dumps(dict(graph.options)),
+            "normalisation": json.dumps(normalisation),
+            "portnet": portnet,
+        },
+    )
+    return model
+
+
+def export(graph: Graph, weights: Weights, path: str | os.PathLike[str]) -> Path:
+    """Write `lower`'s model to one file, whole or not at all, and return its path. An existing file is replaced.
+
+    The model passes ONNX's checker with strict shape inference before anything is written. Raises what `lower`
+    raises, `InputError` where `path` is a folder or its folder does not exist, and `OSError` where writing fails.
+    """
+    from onnx import checker
+
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a file in it, such as {path / 'alexnet.onnx'}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path.name}: there is no folder {path.parent}; create it first")
+    data = lower(graph, weights).SerializeToString(deterministic=True)
+    checker.check_model(data, full_check=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+class _Body:
+    """Nodes and initialisers, as they gather."""
+
+    def __init__(self, graph: Graph, weights: Weights) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initialisers: list[onnx.TensorProto] = []
+        for name in graph.parameters:
+            self.constant(name, weights[name])
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        self.initialisers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def node(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+
+    def add(self, step: Step, x: str, y: str) -> bool:
+        """Add the nodes that compute value `y` from value `x`; False where the layer leaves `x` as it is."""
+        name, shape = step.layer.name, step.input
+        match step.layer:
+            case Pad(right=right, bottom=bottom):
+                ends = np.array([0, 0, 0, 0, 0, 0, bottom, right], np.int64)
+                self.node("Pad", [x, self.constant(f"{name}.pads", ends)], y)
+            case Conv(kernel=kernel, stride=stride, padding=padding, groups=groups):
+                self.node(
+                    "Conv",
+                    [x, f"{name}.weight", f"{name}.bias"],
+                    y,
+                    kernel_shape=[kernel] * 2,
+                    strides=[stride] * 2,
+                    pads=[padding] * 4,
+                    group=groups,
+                )
+            case ReLU():
+                self.node("Relu", [x], y)
+            case LRN() as lrn:
+                self._lrn(lrn, shape[0], x, y)
+            case MaxPool(kernel=kernel, stride=stride):
+                self.node("MaxPool", [x], y, kernel_shape=[kernel] * 2, strides=[stride] * 2)
+            case AdaptiveAvgPool(size=size) as pool:
+                if shape[1:] == (size, size):
+                    return False
+                # ONNX has no such pool. Each window's mean is a product: rows R (size, height) and columns C
+                # (width, size) make R x C.
+                rows = self.constant(f"{name}.rows", _averages(pool, shape[1]))
+                columns = self.constant(f"{name}.columns", _averages(pool, shape[2]).T)
+                self.node("MatMul", [rows, x], f"{name}.averaged_rows")
+                self.node("MatMul", [f"{name}.averaged_rows", columns], y)
+            case Flatten():
+                self.node("Flatten", [x], y, axis=1)
+            case Linear():
+                self.node("Gemm", [x, f"{name}.weight", f"{name}.bias"], y, transB=1)
+            case Dropout(test_scale=scale):
+                if scale == 1:
+                    return False
+                self.node("Mul", [x, self.constant(f"{name}.scale", np.array(scale, np.float32))], y)
+            case layer:
+                raise Unsupported(f"{name} cannot be written to ONNX: there is no lowering of {type(layer).__name__}")
+        return True
+
+    def _lrn(self, lrn: LRN, channels: int, x: str, y: str) -> None:
+        if lrn.size % 2 == 0:
+            raise Unsupported(
+                f"{lrn.name} cannot be written to ONNX: its window of {lrn.size} channels is even, and ONNX centres "
+                "even windows otherwise than PyTorch; make it odd"
+            )
+        settings: dict[str, Any] = {"size": lrn.size, "alpha": lrn.alpha, "beta": lrn.beta, "bias": lrn.k}
+        if lrn.groups == 1:
+            self.node("LRN", [x], y, **settings)
+            return
+        # Windows must not reach over the seam between towers.
+        towers = [f"{lrn.name}.tower{i}" for i in range(lrn.groups)]
+        inputs = [f"{tower}.input" for tower in towers]
+        sizes = self.constant(f"{lrn.name}.split", np.full(lrn.groups, channels // lrn.groups, np.int64))
+        self.node("Split", [x, sizes], *inputs, axis=1)
+        for before, after in zip(inputs, towers, strict=True):
+            self.node("LRN", [before], after, **settings)
+        self.node("Concat", towers, y, axis=1)
+
+
+def _averages(pool: AdaptiveAvgPool, length: int) -> npt.NDArray[np.float32]:
+    """The ``(size, length)`` matrix whose rows average the pool's windows over `length` positions."""
+    matrix = np.zeros((pool.size, length), np.float32)
+    for row, (start, stop) in zip(matrix, pool.windows(length), strict=True):
+        row[start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def _check(graph: Graph, weights: Weights) -> None:
+    if graph.parameter_count * 4 > _LARGEST:
+        raise InputError(
+            f"{graph.preset} has {graph.parameter_count:,} parameters, and one ONNX file holds less than 2 GiB; "
+            "choose a smaller image_size or fewer classes"
+        )
+    for step in graph.steps:
+        if step.layer.name in (INPUT, OUTPUT):
+            raise InputError(
+                f"a layer cannot be called {step.layer.name!r} in ONNX, where that names an end; rename it"
+            )
+    if weights.keys() != graph.parameters.keys():
+        odd = ", ".join(sorted(weights.keys() ^ graph.parameters.keys()))
+        raise WeightsError(f"these weights belong to another network than {graph.preset}: missing or unexpected: {odd}")
+    for name, shape in graph.parameters.items():
+        array = weights[name]
+        if array.dtype != np.float32 or array.shape != shape:
+            raise WeightsError(
+                f"{name} of {graph.preset} is float32 of shape {shape}, got {array.dtype} of shape {array.shape}"
+            )
+
+
+def _version() -> str:
+    try:
+        return version("portnet")
+    except PackageNotFoundError:  # used from a checkout that is not installed
+        return "unknown"
