@@ -30,8 +30,9 @@ def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool 
 
     Input ``images``, float32 ``(batch, *graph.input)``; output ``logits``, float32 ``(batch, *graph.output)``. A
     layer's value carries the layer's name (the last one's is the logits), an initialiser the parameter's. With
-    `every_layer` each layer's value, the last one's too, is an output under its name, in order and before the logits. The metadata hold `preset`, `options` and `normalisation` (JSON)
-    and the version of `portnet`. The IR version is the lowest that `opset` allows, but at least 8.
+    `every_layer` each layer's value, the last one's too, is an output under its name, in order and before the logits.
+    The metadata hold `preset`, `options` and `normalisation` (JSON) and the version of `portnet`. The IR version is
+    the lowest that `opset` allows, but at least 8.
 
     Raises `WeightsError` where `weights` are not float32 arrays of the graph's names and shapes, `InputError` for an
     `opset` out of range, a layer named ``images`` or ``logits``, or a network beyond protobuf's 2 GiB, and
