@@ -1,0 +1,1 @@
+"""Data that ships with PortNet; see ATTRIBUTION.md for whose it is."""

@@ -1,0 +1,546 @@
+"""Pictures in, batches out: data sets, preprocessing, and the paper's augmentation.
+
+Pictures are uint8 RGB arrays, ``(height, width, 3)``; what leaves here for a network is float32, ``(n, 3, S, S)``,
+normalised as its graph says. Every random choice is Philox's, keyed by the seed, the epoch and the picture's id, so
+that a picture's pixels never depend on the batch it is in. Pillow decodes and scales; it is imported where it is used,
+so that importing this module stays cheap.
+
+Sources: [P] Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+NIPS 2012; [2] cuda-convnet2.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from portnet import philox
+from portnet.errors import InputError, PictureError, UnknownName
+from portnet.graph import Graph
+from portnet.philox import Stream
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Mean = tuple[float, float, float]
+
+# Principal components of ImageNet's RGB values on the 0-255 scale [2]: standard deviations, and one direction a row.
+_DEVIATIONS = np.array([19.7208, 37.0939, 121.7801])
+_DIRECTIONS = np.array([[0.418, -0.817, 0.397], [-0.713, -0.024, 0.701], [-0.564, -0.576, -0.592]])
+_COLOUR_NOISE = 0.1  # the standard deviation of alpha [P]
+
+_LAYOUT = "a folder of pictures stored as class/name.jpg"
+# torchvision's ImageFolder counts these as pictures.
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataSet:
+    """Labelled pictures, read one at a time.
+
+    `labels` and `ids` are int64 ``(n,)``; an id is the picture's number in the whole data set, so that the ids of its
+    splits differ. `mean` is the mean of the training pictures, RGB on the 0-255 scale: what to give to the graph as
+    ``mean``. `read` takes a place in ``range(n)`` and returns that picture, uint8 ``(height, width, 3)``; it raises
+    `PictureError` if it cannot.
+
+    `whole`, `flip` and `colour` say what suits the pictures: scaled to the input as a whole and never cropped,
+    mirrored in training, and given colour noise in training.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: I64
+    ids: I64
+    mean: Mean
+    read: Callable[[int], U8]
+    whole: bool = False
+    flip: bool = True
+    colour: bool = True
+
+    def __post_init__(self) -> None:
+        for name, values in (("labels", self.labels), ("ids", self.ids)):
+            if values.dtype != np.int64 or values.shape != (len(self.labels),):
+                raise InputError(
+                    f"{name} must be int64, one for each picture, got {values.dtype} of shape {values.shape}"
+                )
+        if len(self) and not (self.labels.min() >= 0 and self.labels.max() < len(self.class_names)):
+            raise InputError(f"labels must lie in [0, {len(self.class_names)}), the number of class names")
+        if len(np.unique(self.ids)) != len(self):
+            raise InputError("ids must differ from one another: they key every random choice")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """A data set in two parts, and the files of the pictures that could not be read and were left out."""
+
+    train: DataSet
+    test: DataSet
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What a session takes: `images` float32 ``(n, 3, S, S)``, `labels` and `ids` int64 ``(n,)``."""
+
+    images: F32
+    labels: I64
+    ids: I64
+
+
+def load(data: str | os.PathLike[str], *, skip_unreadable: bool = False) -> Splits:
+    """The data set of that name, or in that folder.
+
+    ``"digits"``: 1,797 handwritten digits of 8x8 pixels (E. Alpaydin, C. Kaynak, doi:10.24432/C50P49, CC BY 4.0),
+    1,437 to train on and 360 to test on; a class has 133 to 154 and 26 to 48 of them.
+
+    ``"synthetic"``: 1,000 pictures of 256x256 pixels in 10 classes, 80 of a class to train on and 20 to test on: a
+    coarse pattern of its class under noise, computed when read.
+
+    Otherwise a folder with a folder of pictures for each class, laid out as for torchvision's ImageFolder: classes
+    are numbered in the order of their names, hidden files are ignored, and every other file in a class folder is
+    taken to be a picture. If it has folders ``train`` and ``val`` (or else ``test``), each laid out so, those are the
+    splits. Every picture is read once here, so that an unreadable one is found before training starts; the mean
+    counts each training picture equally.
+
+    Where the data set has no splits of its own, the pictures whose id is a multiple of 5 are the test split.
+
+    Raises `UnknownName` for a name that is neither, `InputError` for a folder laid out in another way, and
+    `PictureError` for a picture that cannot be read; with `skip_unreadable` that picture is left out instead, and
+    named in `Splits.skipped`. Pictures keep their ids whether or not others are left out.
+    """
+    if isinstance(data, str) and data in _BUILT_IN:
+        return _BUILT_IN[data]()
+    root = Path(data).expanduser()
+    if root.is_dir():
+        return _folder(root, skip_unreadable=skip_unreadable)
+    if root.exists():
+        raise InputError(f"{root} is a file; expected {', '.join(map(repr, _BUILT_IN))} or {_LAYOUT}")
+    if root.name == str(data):
+        raise UnknownName("data set", root.name, [*_BUILT_IN, _LAYOUT])
+    raise InputError(f"there is no folder {root}; expected {', '.join(map(repr, _BUILT_IN))} or {_LAYOUT}")
+
+
+def read_picture(path: str | os.PathLike[str]) -> U8:
+    """The picture in that file as it is meant to be seen: uint8 ``(height, width, 3)``, RGB.
+
+    Greyscale, palette and CMYK become RGB (CMYK without a colour profile), 16 bits become 8, transparency becomes
+    white, EXIF's orientation is applied, and of several frames the first is taken. Raises `PictureError` naming the
+    file if it is missing, truncated, no picture, or of a kind that has no RGB values.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    # Pillow's decoders raise whatever the damage leads them to, from OSError to struct.error.
+    except Exception as error:
+        raise PictureError(
+            f"cannot read {os.fspath(path)} as a picture ({error}); replace or remove it, or skip unreadable pictures"
+        ) from error
+
+
+def preprocess(pictures: U8 | Sequence[U8], graph: Graph, *, whole: bool = False) -> F32:
+    """Pictures of any size to the graph's input of SxS pixels: float32 ``(n, 3, S, S)``.
+
+    `pictures` is a uint8 array ``(n, height, width, 3)``, or a sequence of uint8 arrays ``(height, width, 3)`` of any
+    sizes; RGB. The short side is scaled to 256 pixels (for S from 224 to 256 [P]; otherwise to ``round(8 S / 7)``),
+    the central square cut out of that, and the central SxS out of the square; offsets are rounded down. With `whole`
+    the picture is scaled straight to SxS instead, whatever its proportions. Then ``(pixel - mean) / scale`` as in
+    ``graph.normalisation``, on the 0-255 scale.
+
+    Scaling is Pillow's bilinear filter, which covers all source pixels when it shrinks (antialiasing), and rounds to
+    uint8. Raises `InputError` for no pictures, another dtype, rank or number of channels, a picture without pixels,
+    or a graph whose input is not ``(3, S, S)``.
+    """
+    size = _input_size(graph)
+    checked = _each(pictures)
+    out = np.empty((len(checked), 3, size, size), np.float32)
+    for picture, slot in zip(checked, out, strict=True):
+        _normalise(_view(picture, size, whole=whole), graph, slot)
+    return out
+
+
+def ten_views(pictures: U8 | Sequence[U8], graph: Graph) -> F32:
+    """Ten views of each picture, whose outputs the paper averages at test: float32 ``(n, 10, 3, S, S)``.
+
+    Of the square that `preprocess` cuts: top left, top right, bottom left, bottom right and centre, then the mirror
+    images of these five in the same order. The fifth is what `preprocess` gives. `pictures`, scaling and errors are
+    those of `preprocess`.
+    """
+    size = _input_size(graph)
+    square = _square_size(size)
+    far, middle = square - size, (square - size) // 2
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    checked = _each(pictures)
+    out = np.empty((len(checked), 10, 3, size, size), np.float32)
+    for picture, slots in zip(checked, out, strict=True):
+        cut = _square(picture, square)
+        for view, (top, left) in enumerate(corners):
+            crop = cut[top : top + size, left : left + size]
+            _normalise(crop, graph, slots[view])
+            _normalise(crop[:, ::-1], graph, slots[view + 5])
+    return out
+
+
+def training_batches(
+    data: DataSet, graph: Graph, *, seed: int, epoch: int, batch: int, steps: int | None = None
+) -> Iterator[Batch]:
+    """One epoch of augmented batches of `batch` pictures, at most `steps` of them.
+
+    The order is ``philox.order(seed, epoch, len(data))``; what remains after the last full batch is left out of this
+    epoch. Each picture is cut and scaled to a square as in `preprocess`, of which a random SxS is taken (33x33
+    positions at 224); with probability 0.5 it is mirrored; and each pixel has
+    ``sum_k alpha_k deviation_k direction_k`` added to its RGB values, with alpha_k from N(0, 0.1^2), one for each
+    picture and principal component k of ImageNet's colours. That is what [2] does; the paper's text multiplies alpha
+    by the eigenvalue, the square of the deviation. The data set's `whole`, `flip` and `colour` say which of these
+    apply.
+
+    A picture's pixels depend on nothing but (seed, epoch, id). Raises `InputError` for arguments out of range, more
+    classes than the graph has outputs, or fewer pictures than one batch takes; `PictureError` from the reading.
+    """
+    _check_batches(data, graph, batch)
+    _check_integer("seed", seed, 0, 2**64 - 1)
+    _check_integer("epoch", epoch, 0, 2**32 - 1)
+    if steps is not None:
+        _check_integer("steps", steps, 1)
+    if batch > len(data):
+        raise InputError(f"a batch of {batch} cannot be drawn from the {len(data)} pictures of {data.name}")
+    available = len(data) // batch
+    places = philox.order(seed, epoch, len(data))[: batch * min(available, steps or available)]
+    size = _input_size(graph)
+    square = _square_size(size)
+
+    def draw(ids: I64) -> Sequence[Iterable[object]]:
+        corners = _crop_corners(ids, seed, epoch, square - size + 1)
+        mirrored = philox.bits(seed, Stream.FLIP, ids, epoch, 1)[:, 0] & data.flip
+        return corners, mirrored, _colour_noise(ids, seed, epoch) * data.colour
+
+    def fill(slot: F32, picture: U8, corner: I64, mirrored: np.bool_, noise: F64) -> None:
+        if data.whole:
+            pixels = _scale(picture, size)
+        else:
+            top, left = corner
+            pixels = _square(picture, square)[top : top + size, left : left + size]
+        _normalise(pixels[:, ::-1] if mirrored else pixels, graph, slot, noise)
+
+    return _batches(data, places.reshape(-1, batch), size, draw, fill)
+
+
+def evaluation_batches(data: DataSet, graph: Graph, *, batch: int) -> Iterator[Batch]:
+    """Every picture once, in order, as `preprocess` makes it; the last batch holds what remains, perhaps fewer.
+
+    Raises `InputError` for a batch below 1 or more classes than the graph has outputs, and `PictureError` from the
+    reading.
+    """
+    _check_batches(data, graph, batch)
+    size = _input_size(graph)
+
+    def fill(slot: F32, picture: U8) -> None:
+        _normalise(_view(picture, size, whole=data.whole), graph, slot)
+
+    places = (np.arange(i, min(i + batch, len(data)), dtype=np.int64) for i in range(0, len(data), batch))
+    return _batches(data, places, size, lambda ids: (), fill)
+
+
+def _batches(
+    data: DataSet,
+    chunks: Iterable[I64],
+    size: int,
+    draw: Callable[[I64], Sequence[Iterable[object]]],
+    fill: Callable[..., None],
+) -> Iterator[Batch]:
+    """A batch for each array of places. `fill` takes a slot of it, the picture, and what `draw` drew for its id."""
+
+    def one(slot: F32, place: np.int64, *drawn: object) -> None:
+        fill(slot, _checked(data.read(int(place)), f"what {data.name} reads at {place}"), *drawn)
+
+    # Threads, since decoding and scaling release the interpreter's lock. They work only between two batches, and so
+    # take nothing from a step that is being timed.
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for places in chunks:
+            ids = data.ids[places]
+            images = np.empty((len(places), 3, size, size), np.float32)
+            for _ in pool.map(one, images, places, *draw(ids)):
+                pass
+            yield Batch(images=images, labels=data.labels[places], ids=ids)
+
+
+def _crop_corners(ids: I64, seed: int, epoch: int, positions: int) -> I64:
+    """Top and left of each picture's crop, evenly from ``range(positions)``: ``(n, 2)``."""
+    drawn = philox.words(seed, Stream.CROP, ids, epoch, 2).astype(np.int64)
+    return drawn * positions >> 32
+
+
+def _colour_noise(ids: I64, seed: int, epoch: int) -> F64:
+    """What to add to each picture's RGB values: ``(n, 3)``."""
+    alpha = _COLOUR_NOISE * philox.normal(philox.words(seed, Stream.COLOUR, ids, epoch, 3))
+    # Not a matrix product: libraries differ in its order of summation.
+    noise: F64 = ((alpha * _DEVIATIONS)[:, :, None] * _DIRECTIONS).sum(axis=1)
+    return noise
+
+
+def _square_size(size: int) -> int:
+    return 256 if 224 <= size <= 256 else round(size * 8 / 7)
+
+
+def _view(picture: U8, size: int, *, whole: bool) -> U8:
+    """What a network is shown of a picture outside training: ``(size, size, 3)``."""
+    if whole:
+        return _scale(picture, size)
+    square = _square_size(size)
+    corner = (square - size) // 2
+    return _square(picture, square)[corner : corner + size, corner : corner + size]
+
+
+def _square(picture: U8, size: int) -> U8:
+    """The central square of a picture whose short side is scaled to `size`: ``(size, size, 3)``."""
+    height, width = picture.shape[:2]
+    short = min(height, width)
+    tall, wide = size * height // short, size * width // short
+    top, left = (tall - size) // 2, (wide - size) // 2
+    # Only the square is computed: scaled at full length, a picture of 1x100,000 pixels would fill gigabytes.
+    return _scale(
+        picture,
+        size,
+        (left * width / wide, top * height / tall, (left + size) * width / wide, (top + size) * height / tall),
+    )
+
+
+def _scale(picture: U8, size: int, box: tuple[float, float, float, float] | None = None) -> U8:
+    """The part of a picture in `box` (left, top, right, bottom), or all of it: ``(size, size, 3)``."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+def _normalise(pixels: U8, graph: Graph, out: F32, noise: npt.ArrayLike = 0.0) -> None:
+    """``(pixels + noise - mean) / scale`` from ``(S, S, 3)`` into `out`, ``(3, S, S)``."""
+    shift = (np.asarray(noise) - graph.normalisation.mean).astype(np.float32)
+    np.add(pixels.transpose(2, 0, 1), shift[:, None, None], out=out, dtype=np.float32)
+    out /= np.array(graph.normalisation.scale, np.float32)[:, None, None]
+
+
+def _input_size(graph: Graph) -> int:
+    if len(graph.input) != 3 or graph.input[0] != 3 or graph.input[1] != graph.input[2]:
+        raise InputError(f"pictures make inputs of shape (3, S, S), and this graph takes {graph.input}")
+    return graph.input[1]
+
+
+def _each(pictures: U8 | Sequence[U8]) -> list[U8]:
+    if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
+        raise InputError(
+            "pictures must be one array of shape (n, height, width, 3) or a sequence of arrays of shape "
+            f"(height, width, 3), got one array of shape {pictures.shape}"
+        )
+    listed = [_checked(picture, f"picture {i}") for i, picture in enumerate(pictures)]
+    if not listed:
+        raise InputError("there are no pictures; expected at least one")
+    return listed
+
+
+def _checked(picture: object, name: str) -> U8:
+    if not isinstance(picture, np.ndarray):
+        found = type(picture).__name__
+    elif picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        found = f"{picture.dtype} of shape {picture.shape}"
+    else:
+        return picture
+    raise InputError(
+        f"{name} must be a uint8 array of shape (height, width, 3) with at least one pixel, RGB from 0 to 255; "
+        f"got {found}"
+    )
+
+
+def _check_batches(data: DataSet, graph: Graph, batch: int) -> None:
+    _check_integer("batch", batch, 1)
+    if len(data.class_names) > graph.classes:
+        raise InputError(
+            f"{data.name} has {len(data.class_names)} classes and the network {graph.classes} outputs; "
+            f"make the network with classes={len(data.class_names)}"
+        )
+
+
+def _check_integer(name: str, value: int, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be an integer {limits}, got {value!r}")
+
+
+def _rgb(image: "Image.Image") -> U8:
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        deep = np.asarray(image)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its greys do not fit in 16 bits")
+        return np.repeat((deep // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("its greys are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(image.convert("RGB"))
+
+
+def _parts(data: DataSet, for_test: npt.NDArray[np.bool_], skipped: tuple[str, ...] = ()) -> Splits:
+    def part(places: I64) -> DataSet:
+        return replace(data, labels=data.labels[places], ids=data.ids[places], read=lambda i: data.read(int(places[i])))
+
+    return Splits(train=part(np.flatnonzero(~for_test)), test=part(np.flatnonzero(for_test)), skipped=skipped)
+
+
+def _rounded(mean: F64) -> Mean:
+    red, green, blue = (round(float(m), 3) for m in mean)
+    return red, green, blue
+
+
+def _digits() -> Splits:
+    with resources.files("portnet.data").joinpath("digits.npz").open("rb") as file:
+        stored = np.load(file, allow_pickle=False)
+        ink, labels = stored["pictures"], stored["labels"].astype(np.int64)
+    grey = ((ink.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
+    pictures = np.repeat(grey[:, :, :, None], 3, axis=3)
+    pictures.setflags(write=False)
+    ids = np.arange(len(labels), dtype=np.int64)
+    for_test = ids % 5 == 0
+    digits = DataSet(
+        name="digits",
+        class_names=tuple("0123456789"),
+        labels=labels,
+        ids=ids,
+        mean=_rounded(pictures[~for_test].mean(axis=(0, 1, 2))),
+        read=lambda i: pictures[i],
+        whole=True,
+        flip=False,
+        colour=False,
+    )
+    return _parts(digits, for_test)
+
+
+def _synthetic() -> Splits:
+    classes, side, cells = 10, 256, 8
+    ids = np.arange(1000, dtype=np.int64)
+    # By fives, so that taking every fifth picture for the test takes as many of each class.
+    labels = ids // 5 % classes
+    # A pattern in [64, 192) under noise in [-32, 32) stays within 0 to 255, so that nothing is clipped. The patterns
+    # are drawn at step 0 and the noise at step 1.
+    patterns = 64 + _random_bytes(np.arange(classes), 0, cells * cells * 3).reshape(classes, cells, cells, 3) // 2
+
+    def read(i: int) -> U8:
+        noise = _random_bytes(i, 1, side * side * 3).reshape(side, side, 3) // 4
+        pattern = patterns[labels[i]].repeat(side // cells, axis=0).repeat(side // cells, axis=1)
+        picture: U8 = pattern - 32 + noise
+        return picture
+
+    synthetic = DataSet(
+        name="synthetic",
+        class_names=tuple(f"pattern {c}" for c in range(classes)),
+        labels=labels,
+        ids=ids,
+        mean=_rounded(patterns.mean(axis=(0, 1, 2)) - 0.5),
+        read=read,
+    )
+    return _parts(synthetic, ids % 5 == 0)
+
+
+def _random_bytes(index: npt.ArrayLike, step: int, count: int) -> U8:
+    drawn: U8 = philox.words(0, Stream.SYNTHETIC, index, step, count // 4).astype("<u4").view(np.uint8)
+    return drawn
+
+
+_BUILT_IN: dict[str, Callable[[], Splits]] = {"digits": _digits, "synthetic": _synthetic}
+
+
+def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
+    inside = {path.name for path in _visible(root) if path.is_dir()}
+    test = next((name for name in ("val", "test") if name in inside), None) if "train" in inside else None
+    if test is None:
+        classes = _classes(root)
+        parts = [classes]
+    else:
+        classes = _classes(root / "train")
+        parts = [classes, _classes(root / test)]
+        if strangers := sorted(parts[1].keys() - classes.keys()):
+            raise InputError(f"{root / test} has classes that {root / 'train'} has not: {', '.join(strangers)}")
+    names = tuple(classes)
+    number = {name: label for label, name in enumerate(names)}
+    paths = [path for found in parts for files in found.values() for path in files]
+    labels = np.array([number[name] for found in parts for name, files in found.items() for _ in files], np.int64)
+    ids = np.arange(len(paths), dtype=np.int64)
+    for_test = ids % 5 == 0 if test is None else ids >= sum(map(len, classes.values()))
+    means, readable = _means(paths, skip_unreadable=skip_unreadable)
+    trained_on = np.bincount(labels[readable & ~for_test], minlength=len(names))
+    if not trained_on.all():
+        raise InputError(
+            f"class {names[trained_on.argmin()]!r} of {root} has no readable picture to train on"
+            + ("; every fifth of all pictures is kept for testing" if test is None else "")
+        )
+    if not np.any(readable & for_test):
+        raise InputError(f"{root} has no readable picture to test on")
+    kept = ids[readable]
+    folder = DataSet(
+        name=root.resolve().name,
+        class_names=names,
+        labels=labels[kept],
+        ids=kept,
+        mean=_rounded(means[readable & ~for_test].mean(axis=0)),
+        read=lambda i: read_picture(paths[kept[i]]),
+    )
+    return _parts(folder, for_test[kept], tuple(str(paths[i]) for i in ids[~readable]))
+
+
+def _means(paths: list[Path], *, skip_unreadable: bool) -> tuple[F64, npt.NDArray[np.bool_]]:
+    """The mean colour of each picture, ``(n, 3)``, and which of them can be read."""
+    means, readable = np.zeros((len(paths), 3)), np.ones(len(paths), bool)
+
+    def one(i: int) -> None:
+        try:
+            means[i] = read_picture(paths[i]).mean(axis=(0, 1))
+        except PictureError:
+            if not skip_unreadable:
+                raise
+            readable[i] = False
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        # In runs, since a million waiting tasks would fill gigabytes.
+        for first in range(0, len(paths), 1024):
+            for _ in pool.map(one, range(first, min(first + 1024, len(paths)))):
+                pass
+    return means, readable
+
+
+def _classes(root: Path) -> dict[str, list[Path]]:
+    """The files of each class folder, both in the order of their names."""
+    entries = _visible(root)
+    if stray := [path for path in entries if not path.is_dir() and path.suffix.lower() in _SUFFIXES]:
+        raise InputError(f"{stray[0]} lies outside any class; expected {_LAYOUT}")
+    classes = {path.name: _visible(path) for path in entries if path.is_dir()}
+    if not classes:
+        raise InputError(f"{root} has no class folders; expected {_LAYOUT}")
+    for name, files in classes.items():
+        if not files:
+            raise InputError(f"class {name!r} of {root} has no pictures; add some or remove its folder")
+        if nested := [path for path in files if path.is_dir()]:
+            raise InputError(f"{nested[0]} is a folder inside a class; expected {_LAYOUT}")
+    return classes
+
+
+def _visible(folder: Path) -> list[Path]:
+    # By name, since paths themselves sort without regard to case on Windows.
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
