@@ -40,7 +40,7 @@ class Environment:
         self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
     def ask(self, script: str) -> str:
-        return run(self.python, "-I", "-c", script, cwd=self.site)
+        return run(self.python, "-I", "-c", script)
 
     def pip(self, *arguments) -> str:
         return run(sys.executable, "-m", "pip", "--python", self.python, *arguments)
@@ -86,7 +86,8 @@ def wheels(tree, tmp_path_factory):
 LOOK = """
 import importlib.metadata, importlib.util, json
 from importlib.resources import files
-import portnet
+from pathlib import Path
+import portnet, portnet_backends
 entry_points = importlib.metadata.distribution("portnet").entry_points
 found = portnet.backends()
 print(json.dumps({
@@ -95,7 +96,7 @@ print(json.dumps({
     "backends": sorted(found),
     "problems": [str(p) for p in found.problems],
     "version": importlib.metadata.version("portnet"),
-    "typed": [(files(package) / "py.typed").is_file() for package in ("portnet", "portnet_backends")],
+    "typed": [any((Path(p) / "py.typed").is_file() for p in m.__path__) for m in (portnet, portnet_backends)],
     "digits": (files("portnet.data") / "digits.npz").is_file(),
     "stray": bool(importlib.util.find_spec("backends")),
 }))

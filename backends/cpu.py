@@ -1,0 +1,35 @@
+"""The host's processor, through PyTorch."""
+
+from collections.abc import Iterable
+from platform import machine, processor
+from typing import TYPE_CHECKING, ClassVar
+
+from portnet.contract import Backend, Device
+from portnet.hookspecs import hookimpl
+from portnet_backends.torch_device import TorchBackend, versions
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class Cpu(TorchBackend):
+    name: ClassVar[str] = "cpu"
+    vendor: ClassVar[str] = "any CPU"
+    priority: ClassVar[int] = 10
+    type: ClassVar[str] = "cpu"
+
+    def find(self, torch: "ModuleType") -> Device:
+        return Device(
+            name=f"{processor() or machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads",
+            precisions=("float64", "float32", "bfloat16", "float16"),
+            versions=versions(torch),
+        )
+
+    def synchronize(self) -> None:
+        """PyTorch's CPU operators return when their work is done."""
+
+
+@hookimpl
+def portnet_backends() -> Iterable[Backend]:
+    return [Cpu()]

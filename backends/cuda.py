@@ -1,0 +1,46 @@
+"""NVIDIA GPUs, through PyTorch built for CUDA."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from portnet.contract import Backend, Device, Unavailable
+from portnet.hookspecs import hookimpl
+from portnet_backends.torch_device import INDEX, TorchBackend, versions, wrong_build
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class Cuda(TorchBackend):
+    name: ClassVar[str] = "cuda"
+    vendor: ClassVar[str] = "NVIDIA"
+    priority: ClassVar[int] = 60
+    note: ClassVar[str] = "not yet verified on hardware"
+    type: ClassVar[str] = "cuda"
+
+    def find(self, torch: "ModuleType") -> Device:
+        # A ROCm build calls its devices "cuda" too; only torch.version tells them apart.
+        if torch.version.hip or not torch.version.cuda:
+            raise wrong_build(torch, "CUDA", f"{INDEX}/cu130")
+        if not torch.cuda.is_available():
+            raise Unavailable(
+                "PyTorch finds no CUDA device", f"check nvidia-smi; the driver must support CUDA {torch.version.cuda}"
+            )
+        properties = torch.cuda.get_device_properties(0)
+        ampere = ("tf32", "bfloat16") if properties.major >= 8 else ()
+        return Device(
+            name=properties.name,
+            precisions=("float64", "float32", *ampere, "float16"),
+            memory=properties.total_memory,
+            versions=versions(torch, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()),
+        )
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+@hookimpl
+def portnet_backends() -> Iterable[Backend]:
+    return [Cuda()]

@@ -1,0 +1,50 @@
+"""AMD GPUs, through PyTorch built for ROCm, which calls them "cuda"."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from portnet.contract import Backend, Device, Unavailable
+from portnet.hookspecs import hookimpl
+from portnet_backends.torch_device import INDEX, TorchBackend, versions, wrong_build
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class Rocm(TorchBackend):
+    name: ClassVar[str] = "rocm"
+    vendor: ClassVar[str] = "AMD"
+    priority: ClassVar[int] = 50
+    note: ClassVar[str] = "not yet verified on hardware"
+    type: ClassVar[str] = "cuda"
+
+    def find(self, torch: "ModuleType") -> Device:
+        if not torch.version.hip:
+            raise wrong_build(torch, "ROCm", f"{INDEX}/rocm7.0")
+        if not torch.cuda.is_available():
+            raise Unavailable(
+                "PyTorch finds no ROCm device", "check rocminfo, and that you belong to the groups render and video"
+            )
+        properties = torch.cuda.get_device_properties(0)
+        narrow = ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
+        return Device(
+            name=properties.name,
+            precisions=("float64", "float32", *narrow),
+            memory=properties.total_memory,
+            versions=versions(
+                torch,
+                hip=torch.version.hip,
+                miopen=torch.backends.cudnn.version(),
+                architecture=getattr(properties, "gcnArchName", None),
+            ),
+        )
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+@hookimpl
+def portnet_backends() -> Iterable[Backend]:
+    return [Rocm()]

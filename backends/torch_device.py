@@ -1,0 +1,65 @@
+"""Any device that PyTorch reaches. A vendor's file says how to find its device and how to wait for it; all else is here.
+
+torch is imported inside functions, since listing backends must not load it; `torch_session` imports it outright and
+is loaded by `open`.
+"""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from portnet.contract import Backend, Device, Mode, Session, Settings, Unavailable, Weights
+from portnet.graph import Graph
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+INDEX = "https://download.pytorch.org/whl"
+
+
+class TorchBackend(Backend):
+    """A device of torch's. Subclasses give `type`, `find` and `synchronize`."""
+
+    modes: ClassVar[tuple[Mode, ...]] = ("infer", "train")
+    formulations: ClassVar[tuple[str, ...]] = ("portable", "stock")
+    type: ClassVar[str]
+    """The device's type in torch (``cuda``, also for ROCm)."""
+
+    @abstractmethod
+    def find(self, torch: "ModuleType") -> Device:
+        """The device, through torch. Raises `Unavailable`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for all work issued to the device."""
+
+    def device_type(self) -> str:
+        """What to say to ``torch.device``."""
+        return self.type
+
+    def probe(self) -> Device:
+        try:
+            import torch
+        except (ImportError, OSError) as error:
+            raise Unavailable(
+                f"PyTorch cannot be imported: {error}", f"install it, for instance from {INDEX}/cpu"
+            ) from error
+        return self.find(torch)
+
+    def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
+        self.check(settings)
+        from portnet_backends.torch_session import TorchSession
+
+        return TorchSession(self.device_type(), self.synchronize, graph, weights, settings)
+
+
+def versions(torch: "ModuleType", **more: object) -> dict[str, str]:
+    """The versions to record: torch's, and those of `more` that are known."""
+    return {"torch": torch.__version__} | {k: str(v) for k, v in more.items() if v is not None}
+
+
+def wrong_build(torch: "ModuleType", wanted: str, wheel: str) -> Unavailable:
+    """The installed torch was built for something else."""
+    return Unavailable(
+        f"PyTorch {torch.__version__} was built without {wanted}",
+        f"in a new environment: pip install torch --index-url {wheel}",
+    )
