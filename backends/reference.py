@@ -64,6 +64,8 @@ class Reference(Backend):
     name: ClassVar[str] = "reference"
     vendor: ClassVar[str] = "any CPU"
     modes: ClassVar[tuple[Mode, ...]] = ("infer", "train")
+    oracle: ClassVar[bool] = True
+    """Its sessions have `resolve`, which the parity gate needs."""
 
     def probe(self) -> Device:
         return Device(

@@ -7,8 +7,8 @@ is loaded by `open`.
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from portnet.contract import Backend, Device, Mode, Session, Settings, Unavailable, Weights
-from portnet.graph import Graph
+from portnet.contract import Backend, Device, Mode, Session, Settings, Unavailable, Unsupported, Weights
+from portnet.graph import LRN, Graph
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,6 +47,13 @@ class TorchBackend(Backend):
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         self.check(settings)
+        if (settings.precision, settings.formulation) == ("float16", "stock") and any(
+            isinstance(layer, LRN) for layer in graph.layers
+        ):
+            raise Unsupported(
+                "PyTorch's local_response_norm squares in float16, which overflows above 255; "
+                "use bfloat16, or the portable formulation"
+            )
         from portnet_backends.torch_session import TorchSession
 
         return TorchSession(self.device_type(), self.synchronize, graph, weights, settings)

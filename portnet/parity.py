@@ -14,12 +14,13 @@ must. K is 16 for float32 (and float64) and 4 for narrower precisions.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
 from portnet import philox, weights
-from portnet.contract import Array, Session, Settings, Trace
+from portnet.contract import Array, Backend, Session, Settings, Trace
+from portnet.errors import PluginError
 from portnet.graph import Graph
 
 RATES = (1e-5, 1e-5, 1e-6)
@@ -60,6 +61,13 @@ class Oracle(Protocol):
     """The reference backend, as far as the gate needs it."""
 
     def open(self, graph: Graph, weights: Mapping[str, Array], settings: Settings) -> OracleSession: ...
+
+
+def oracle(backend: Backend) -> Oracle:
+    """The reference backend as the oracle it is. Raises `PluginError` if another took its name."""
+    if not hasattr(backend, "oracle"):
+        raise PluginError(f"backend {backend.name!r} of {type(backend).__module__} is not PortNet's reference")
+    return cast("Oracle", backend)
 
 
 @dataclass(frozen=True)
@@ -319,7 +327,12 @@ def judge(expected: Expected, session: Session, *, train: bool) -> Verdict:
     """The whole gate on one open session, which must be fresh: inference, then a training pass, then the updates."""
     case = expected.case
     last = case.graph.layers[-1].name
-    verdicts = [("inference", judge_layers(expected.infer, session.trace(case.images), last))]
+    # `infer` is what is timed, `trace` what tells where an error arises: both are judged.
+    logits = session.get(session.infer(session.put(case.images)))
+    verdicts = [
+        ("inference", judge_layers(expected.infer, session.trace(case.images), last)),
+        ("infer()", judge_layers(expected.infer, Trace(layers={}, logits=logits), last)),
+    ]
     if train:
         masks = session.masks(case.ids, step=0)
         trace = session.trace(case.images, case.labels, masks)
