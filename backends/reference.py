@@ -85,7 +85,11 @@ class ReferenceSession(Session):
     def __init__(self, graph: Graph, weights: Weights, settings: Settings) -> None:
         self.graph, self.settings = graph, settings
         self.arithmetic = _ARITHMETICS[settings.precision]
-        self.parameters = {name: np.array(weights[name], self.arithmetic.dtype) for name in graph.parameters}
+        # Row-major whatever the caller's order: `train_step` updates flat views, and a flattened column-major array is
+        # a copy.
+        self.parameters = {
+            name: np.array(weights[name], self.arithmetic.dtype, order="C") for name in graph.parameters
+        }
         self.velocity = {name: np.zeros_like(value) for name, value in self.parameters.items()}
         self.resolve: Resolve | None = None
 
