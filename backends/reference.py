@@ -210,7 +210,7 @@ class ReferenceSession(Session):
                 return g * (x > (-close if side else close))
             case LRN():
                 base = _lrn_base(x, layer)
-                inner = _across(g * x * base ** (-layer.beta - 1), layer)
+                inner = _across(g * x * base ** (-layer.beta - 1), layer, adjoint=True)
                 return g * base**-layer.beta - 2 * layer.alpha / layer.size * layer.beta * x * inner
             case MaxPool():
                 return _max_backward(x, y, g, layer, close if side else None)
@@ -270,11 +270,11 @@ def _conv_backward(x: Array, w: Array, g: Array, layer: Conv, *, needs_input: bo
     return dw.reshape(w.shape), dx[:, :, p : p + h, p : p + wide]
 
 
-def _across(x: Array, layer: LRN) -> Array:
-    """Sums over the `size` channels around each, within each group."""
+def _across(x: Array, layer: LRN, *, adjoint: bool = False) -> Array:
+    """Sums over the `size` channels around each, within each group; the adjoint mirrors windows of even size."""
     n, c, h, w = x.shape
     grouped = x.reshape(n, layer.groups, c // layer.groups, h, w)
-    below = layer.size // 2
+    below = (layer.size - adjoint) // 2
     padded = np.pad(grouped, ((0, 0), (0, 0), (below, layer.size - 1 - below), (0, 0), (0, 0)))
     total = np.zeros_like(grouped)
     for i in range(layer.size):
