@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from portnet.contract import Array, Session, Settings, Trace, Weights
@@ -41,7 +42,8 @@ class _AcrossChannels(torch.autograd.Function):
         return (wide * factor).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, factor, band = ctx.saved_tensors
         wide, g = x.to(band.dtype), g.to(band.dtype)
         outer = g * factor
