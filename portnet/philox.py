@@ -58,7 +58,7 @@ def words(seed: int, stream: int, index: npt.ArrayLike, step: int, count: int, *
     # An array, not a scalar, so that its first product wraps in silence as the others do.
     out = rounds((block, ids, np.full((1, 1), step, np.int64), np.full((1, 1), stream, np.int64)), key(seed))
     stacked = np.stack(np.broadcast_arrays(*out), axis=-1).astype(np.uint32)
-    return stacked.reshape(len(ids), -1)[:, :count]
+    return stacked.reshape(len(ids), 4 * block.size)[:, :count]
 
 
 def bits(seed: int, stream: int, index: npt.ArrayLike, step: int, count: int) -> npt.NDArray[np.bool_]:
