@@ -1,8 +1,46 @@
-"""What would leaving CUDA cost? One network, measured identically on every vendor's hardware."""
+"""What would leaving CUDA cost? One network, measured identically on every vendor's hardware.
+
+::
+
+    import portnet
+
+    net = portnet.AlexNet(backend="cuda")
+    logits = net(images)
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from portnet.alexnet import graph
 from portnet.plugins import backends
 
-__all__ = ["__version__", "backends", "graph"]
+if TYPE_CHECKING:
+    from portnet.errors import PortNetError
+    from portnet.images import load as load_data
+    from portnet.images import preprocess
+    from portnet.model import AlexNet
+
+__all__ = ["AlexNet", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
 
 __version__ = "0.1.0"
+
+# Loaded when first used: listing backends needs none of them.
+_LAZY = {
+    "AlexNet": ("portnet.model", "AlexNet"),
+    "PortNetError": ("portnet.errors", "PortNetError"),
+    "load_data": ("portnet.images", "load"),
+    "preprocess": ("portnet.images", "preprocess"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'portnet' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _LAZY[name]
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,8 +5,8 @@ NIPS 2012; [2] cuda-convnet2; [K] BVLC Caffe, models/bvlc_alexnet; [V] torchvisi
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
-from typing import cast
 
 from portnet.errors import InputError, UnknownName
 from portnet.graph import (
@@ -189,7 +189,7 @@ def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **o
     """
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
-    defaults = cast("dict[str, float]", PRESETS[preset].__kwdefaults__)
+    defaults: dict[str, float] = PRESETS[preset].__kwdefaults__
     for name, value in options.items():
         if name not in defaults:
             raise UnknownName(f"option of preset {preset}", name, [*defaults, "mean"])
@@ -207,15 +207,8 @@ def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **o
         if len(channels) != 3 or not all(0 <= m <= 255 for m in channels):
             raise InputError(f"mean must be three numbers on the 0-255 scale, got {mean!r}")
         recorded["mean"] = channels
-        normalisation = Normalisation(mean=cast("tuple[float, float, float]", channels), scale=normalisation.scale)
-    return Graph(
-        preset=preset,
-        options=tuple(sorted(recorded.items())),
-        input=built.input,
-        layers=built.layers,
-        recipe=built.recipe,
-        normalisation=normalisation,
-    )
+        normalisation = replace(normalisation, mean=channels)
+    return replace(built, options=tuple(sorted(recorded.items())), normalisation=normalisation)
 
 
 def _graph(

@@ -18,12 +18,18 @@ class UnknownName(InputError):
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         known = sorted(known)
         near = get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+        hint = f"known: {', '.join(known) or 'none'}"
+        if near:
+            hint = f"did you mean {' or '.join(near)}? ({hint})"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
 class WeightsError(PortNetError):
     """A weights file is missing, damaged, or belongs to another network."""
+
+
+class ExportError(PortNetError):
+    """An exported file does not compute what the session that it came from does."""
 
 
 class PictureError(PortNetError):

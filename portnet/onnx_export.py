@@ -8,13 +8,13 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from portnet.contract import Weights
 from portnet.errors import InputError, Unsupported, WeightsError
+from portnet.files import write_atomically
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU, Step
 
 if TYPE_CHECKING:
@@ -97,27 +97,13 @@ def export(graph: Graph, weights: Weights, path: str | os.PathLike[str]) -> Path
     """Write `lower`'s model to one file, whole or not at all, and return its path. An existing file is replaced.
 
     The model passes ONNX's checker with strict shape inference before anything is written. Raises what `lower`
-    raises, `InputError` where `path` is a folder or its folder does not exist, and `OSError` where writing fails.
+    raises, and `InputError` where the file cannot be written.
     """
     from onnx import checker
 
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the path of a file in it, such as {path / 'alexnet.onnx'}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path.name}: there is no folder {path.parent}; create it first")
     data = lower(graph, weights).SerializeToString(deterministic=True)
     checker.check_model(data, full_check=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, data, InputError)
 
 
 class _Body:

@@ -7,7 +7,6 @@ safetensors with the preset and its options in the metadata; nothing is ever unp
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from portnet import alexnet, philox
 from portnet.errors import PortNetError, WeightsError
+from portnet.files import write_atomically
 from portnet.graph import Constant, Conv, Graph, Init, Linear, Normal, Shape
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -108,11 +108,24 @@ def check(graph: Graph, weights: Mapping[str, npt.ArrayLike]) -> Arrays:
     return out
 
 
-def save(path: str | os.PathLike[str], graph: Graph, weights: Mapping[str, npt.NDArray[Any]]) -> Path:
-    """Write one safetensors file, float32, whole or not at all; returns its path. Raises `WeightsError`."""
+def save(
+    path: str | os.PathLike[str],
+    graph: Graph,
+    weights: Mapping[str, npt.NDArray[Any]],
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one safetensors file, float32, whole or not at all; returns its path. Raises `WeightsError`.
+
+    `notes` is anything JSON can hold, given back by `read_notes`.
+    """
     from safetensors.numpy import save as to_bytes
 
-    metadata = {"format": "portnet.weights/1", "preset": graph.preset, "options": json.dumps(dict(graph.options))}
+    metadata = {
+        "format": "portnet.weights/1",
+        "preset": graph.preset,
+        "options": json.dumps(dict(graph.options)),
+        "notes": json.dumps(dict(notes or {})),
+    }
     arrays = {name: np.ascontiguousarray(value) for name, value in check(graph, weights).items()}
     return write_atomically(path, to_bytes(arrays, metadata), WeightsError)
 
@@ -147,6 +160,15 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, Arrays]:
     raise WeightsError(f"{path} holds neither PortNet's weights nor torchvision's AlexNet: it has {sorted(arrays)[:3]}")
 
 
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes saved with the weights in a file that `load` has read; empty for another program's file."""
+    from safetensors import safe_open
+
+    with safe_open(Path(path), framework="numpy") as file:
+        notes: dict[str, Any] = json.loads((file.metadata() or {}).get("notes", "{}"))
+    return notes
+
+
 def load_for(graph: Graph, path: str | os.PathLike[str]) -> Arrays:
     """The weights in a file, which must be of this very preset. Raises `WeightsError`."""
     held, arrays = load(path)
@@ -170,34 +192,6 @@ def from_torchvision(state: Mapping[str, npt.ArrayLike]) -> Arrays:
         odd = sorted(set(state) ^ set(names))
         raise WeightsError(f"not a state dict of torchvision's AlexNet: missing or unexpected {', '.join(odd[:4])}")
     return {ours: np.asarray(state[theirs], np.float32) for theirs, ours in names.items()}
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes, error: type[PortNetError]) -> Path:
-    """Write a file so that after a crash it is there whole or not at all; raises `error` where that cannot be done."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise error(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as failure:
-        raise error(f"cannot write {path}: {failure}") from failure
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    return path
 
 
 def _checked(path: Path, graph: Graph, arrays: Arrays, convert: Callable[[Arrays], Arrays] | None = None) -> Arrays:

@@ -1,0 +1,35 @@
+"""Files that are there whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from portnet.errors import PortNetError
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes, error: type[PortNetError]) -> Path:
+    """Write a file so that after a crash it is there whole or not at all; raises `error` where that cannot be done."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise error(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as failure:
+        raise error(f"cannot write {path}: {failure}") from failure
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return path

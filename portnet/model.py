@@ -1,0 +1,228 @@
+"""`portnet.AlexNet`: one network on one device, as a user holds it."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portnet import alexnet, onnx_export, parity, plugins, training, weights
+from portnet.contract import Array, Device, Settings
+from portnet.errors import ExportError, InputError, Unavailable, Unsupported
+from portnet.graph import Graph
+from portnet.images import DataSet, Splits
+from portnet.training import Data, Evaluation
+
+
+EXPORT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
+"""The largest relative error, over output channels, between a session's logits and those of its float32 file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """An ONNX file, and how far what ONNX Runtime makes of it lies from the session it came from.
+
+    `error` is the logits' worst relative error over output channels, or None where ONNX Runtime is not installed and
+    the file could not be run.
+    """
+
+    path: Path
+    error: float | None
+
+
+class AlexNet:
+    """AlexNet on a device.
+
+    `backend`: a name that ``portnet.backends()`` lists, or ``"auto"`` for the best available. `preset` and `options`
+    (`image_size`, `dropout`, `bias`, `mean`) are those of `portnet.graph`. `precision`: ``float32`` (strictly: no
+    TF32), ``tf32``, ``bfloat16``, ``float16`` or ``float64``, as far as the device has them. `formulation`:
+    ``portable``, or ``stock`` for PyTorch's own operators. `seed` decides the initial weights, the order of images,
+    their augmentation and the dropout masks, alike on every backend. `weights`: a file or a dict to start from.
+
+    Raises `UnknownName` for an unknown backend, preset or option, `Unavailable` where the device cannot be used,
+    `Unsupported` for a precision or formulation it does not have, `WeightsError` for weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        preset: str = "paper2012",
+        *,
+        classes: int = 1000,
+        precision: str = "float32",
+        formulation: str = "portable",
+        seed: int = 0,
+        weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        graph = alexnet.graph(preset, classes=classes, **options)
+        self._open(graph, backend, Settings(precision=precision, formulation=formulation, seed=_seed(seed)), weights)
+
+    def _open(
+        self,
+        graph: Graph,
+        backend: str,
+        settings: Settings,
+        values: str | os.PathLike[str] | Mapping[str, Any] | None,
+    ) -> None:
+        self.graph = graph
+        self.settings = settings
+        self.backend = plugins.choose(backend)
+        self.device: Device = plugins.probe(self.backend)
+        if values is None:
+            arrays = weights.initial(graph, settings.seed)
+        elif isinstance(values, Mapping):
+            arrays = weights.check(graph, values)
+        else:
+            arrays = weights.load_for(graph, values)
+        self.session = self.backend.open(graph, arrays, settings)
+        self.steps = 0
+        """Updates made since the weights were set: the number of the next training step."""
+        self.class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str = "auto",
+        *,
+        precision: str = "float32",
+        formulation: str = "portable",
+        seed: int = 0,
+    ) -> "AlexNet":
+        """The network saved in a file, of whatever preset, on any backend. Raises `WeightsError`."""
+        graph, arrays = weights.load(path)
+        net = cls.__new__(cls)
+        net._open(graph, backend, Settings(precision=precision, formulation=formulation, seed=_seed(seed)), arrays)
+        names = weights.read_notes(path).get("class_names")
+        net.class_names = tuple(names) if names else None
+        return net
+
+    def __repr__(self) -> str:
+        return (
+            f"<AlexNet {self.graph.preset}, {self.graph.parameter_count:,} parameters, {self.settings.precision}, "
+            f"on {self.backend.name} ({self.device.name})>"
+        )
+
+    def __call__(self, images: Any) -> Any:
+        """Logits ``(n, classes)`` for prepared images, float32 ``(n, 3, S, S)``; see `portnet.preprocess`.
+
+        NumPy in gives NumPy back, a torch tensor gives a float32 tensor on its device. Raises `InputError` for the
+        wrong shape or dtype, NaN or infinity.
+        """
+        torch = sys.modules.get("torch")
+        tensor = torch is not None and isinstance(images, torch.Tensor)
+        host = images.detach().cpu().numpy() if tensor else images
+        host = training.check_images(self.graph, host, wide=self.settings.precision == "float64")
+        logits = self.session.get(self.session.infer(self.session.put(host)))
+        return torch.from_numpy(logits).to(images.device) if torch is not None and tensor else logits
+
+    @property
+    def module(self) -> Any:
+        """The network as a plain ``torch.nn.Module``, sharing this network's weights; torch backends only."""
+        if not hasattr(self.session, "module"):
+            raise Unsupported(f"backend {self.backend.name} has no torch module; use one of torch's, such as cpu")
+        return self.session.module
+
+    def weights(self) -> dict[str, Array]:
+        """Copies of all parameters by name (``conv1.weight``, ..., ``fc8.bias``), in torch's shapes."""
+        return self.session.weights()
+
+    def fit(
+        self,
+        data: Data,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch: int = 128,
+        learning_rate: float | None = None,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> list[float]:
+        """Train by the preset's recipe and return the loss before each step, in nats.
+
+        `data`: a data set (`portnet.load_data`; its training split), or a pair of prepared images and labels. Give
+        `epochs` (1 by default) or `steps`. `learning_rate` is the recipe's unless given; `on_step` is called with the
+        number of steps done and the last loss. Raises `Unsupported` on a backend that only infers, `InputError` for
+        unfit data, `Diverged` where the loss is no longer finite.
+        """
+        if "train" not in self.backend.modes:
+            raise Unsupported(f"backend {self.backend.name} does not train, it only infers")
+        self._take_names(data)
+        batches = training.training_batches(
+            data,
+            self.graph,
+            seed=self.settings.seed,
+            batch=batch,
+            epochs=epochs if epochs or steps else 1,
+            steps=steps,
+            start=self.steps,
+        )
+        rate = self.graph.recipe.learning_rate if learning_rate is None else learning_rate
+        losses = training.fit(self.session, batches, learning_rate=rate, start=self.steps, on_step=on_step)
+        self.steps += len(losses)
+        return losses
+
+    def evaluate(
+        self, data: Data, *, batch: int = 64, views: int = 1, on_batch: Callable[[int], None] | None = None
+    ) -> Evaluation:
+        """Top-1, top-5 and loss on a data set's test split, or on a pair of prepared images and labels.
+
+        `views`: 1 for the centre crop, 10 for the paper's ten views with averaged softmax. Raises `InputError`.
+        """
+        return training.evaluate(self.session, self.graph, data, batch=batch, views=views, on_batch=on_batch)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights, preset, options and class names to one safetensors file. Raises `WeightsError`."""
+        notes = {"class_names": self.class_names} if self.class_names else {}
+        return weights.save(path, self.graph, self.weights(), notes)
+
+    def export_onnx(self, path: str | os.PathLike[str], *, verify: bool = True) -> Export:
+        """Write the network to one ONNX file, and compare what ONNX Runtime's CPU provider makes of it.
+
+        Raises `InputError` where the file cannot be written, and `ExportError` where the two differ by more than the
+        session's precision explains (`EXPORT_TOLERANCE`).
+        """
+        written = onnx_export.export(self.graph, weights.check(self.graph, self.weights()), path)
+        return Export(path=written, error=self._verify(written) if verify else None)
+
+    def _verify(self, path: Path) -> float | None:
+        runner = next((b for b in plugins.backends().values() if hasattr(b, "run_file")), None)
+        if runner is None:
+            return None
+        images = parity.Case(self.graph).images
+        try:
+            given = runner.run_file(path, images)
+        except Unavailable:
+            return None
+        error = parity.channel_error(given, self(images).astype(np.float64))
+        allowed = EXPORT_TOLERANCE[self.settings.precision]
+        if not error <= allowed:
+            raise ExportError(
+                f"{path}: its logits on {runner.name} differ from the session's by {error:.2g}, "
+                f"where {self.settings.precision} explains {allowed:.2g}; the file is left for inspection"
+            )
+        return error
+
+    def summary(self) -> str:
+        """Layers, output shapes, parameters and multiply-accumulates, as a table."""
+        return self.graph.summary()
+
+    def _take_names(self, data: Data) -> None:
+        if isinstance(data, tuple):
+            return
+        split: DataSet = data.train if isinstance(data, Splits) else data
+        if len(split.class_names) > self.graph.classes:
+            raise InputError(
+                f"{split.name} has {len(split.class_names)} classes and the network {self.graph.classes}; "
+                f"ask for classes={len(split.class_names)}"
+            )
+        self.class_names = split.class_names
+
+
+def _seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+    return seed

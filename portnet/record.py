@@ -1,0 +1,141 @@
+"""What one measurement asked for and found: one JSON file, named by the SHA-256 of its content.
+
+Files from many machines are merged by putting them into one folder. A damaged one is named and refused, and the
+others are used. The hash finds damage, not forgery.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from portnet.errors import RecordError
+from portnet.files import write_atomically
+
+SCHEMA = "portnet.record/1"
+
+OUTCOMES = (
+    "works",
+    "partial",
+    "wrong",
+    "dishonest clock",
+    "unsteady",
+    "failed",
+    "timeout",
+    "out of memory",
+    "not available",
+    "not measured",
+)
+"""``partial``: parts ran on another device. ``wrong``: outside the parity gate, so its speed is void."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What to measure.
+
+    The training curve is run at `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps; the gate,
+    the clock and the timing at the preset's `image_size` and `batch`. `quick` says that fewer samples were asked for
+    than a figure to be quoted needs.
+    """
+
+    backend: str
+    precision: str = "float32"
+    engine: str = "eager"
+    formulation: str = "portable"
+    division: str = "closed"
+    preset: str = "caffe"
+    image_size: int = 227
+    classes: int = 10
+    batch: int = 16
+    data: str = "digits"
+    curve_size: int = 99
+    curve_batch: int = 16
+    curve_steps: int = 80
+    seed: int = 0
+    quick: bool = True
+
+    @property
+    def stack(self) -> str:
+        """Backend, engine and precision, and the formulation where it is not PortNet's own."""
+        name = f"{self.backend}/{self.engine}/{self.precision}"
+        return name if self.formulation == "portable" else f"{name} ({self.formulation})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measurement.
+
+    `device` and `environment` say on what it was made and with which versions. `gates` holds each gate's figures:
+    ``parity`` the relative errors and what was allowed, tensor by tensor; ``clock`` the fetch test of each mode, its
+    times in seconds. `training` holds the loss before each step, in nats. `samples` holds, for each mode, the seconds
+    of every timed block, its steps, and the images in a step. `weights` is the SHA-256 of the curve's initial
+    weights.
+    """
+
+    spec: Spec
+    outcome: str
+    reason: str = ""
+    remedy: str = ""
+    device: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise RecordError(f"unknown outcome {self.outcome!r}; one of {', '.join(OUTCOMES)}")
+
+    def to_json(self) -> str:
+        """The record as JSON with sorted keys; equal records give equal text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON: the stem of the file's name."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the record into a folder, which is made if need be; returns its path. Raises `RecordError`."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"cannot make the folder {folder}: {error}") from error
+        return write_atomically(folder / f"{self.digest}.json", self.to_json().encode(), RecordError)
+
+
+def read(path: str | os.PathLike[str]) -> Record:
+    """The record in a file. Raises `RecordError` where its content is not what its name says, or of another schema."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != path.stem:
+        raise RecordError(f"{path} is damaged: its content does not have the SHA-256 that its name says")
+    try:
+        held = json.loads(content)
+        if held.pop("schema") != SCHEMA:
+            raise RecordError(f"{path} is of another schema; this version reads {SCHEMA}")
+        return Record(**{**held, "spec": Spec(**held["spec"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path} is no record: {type(error).__name__}: {error}") from error
+
+
+def read_all(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], Sequence[RecordError]]:
+    """Every record in the given files and folders, in the order of their names, and what was wrong with the others."""
+    records, problems = {}, []
+    for given in map(Path, paths):
+        if not given.exists():
+            problems.append(RecordError(f"no file or folder {given}"))
+        for path in sorted(given.glob("*.json")) if given.is_dir() else [given] if given.exists() else []:
+            try:
+                records[path.stem] = read(path)
+            except RecordError as error:
+                problems.append(error)
+    return list(records.values()), problems

@@ -1,0 +1,200 @@
+"""The training loop and the evaluation, on any session."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from portnet import images, philox
+from portnet.contract import Array, Session
+from portnet.errors import InputError, PortNetError
+from portnet.graph import Graph
+from portnet.images import Batch, DataSet, Splits
+
+Data: TypeAlias = "Splits | DataSet | tuple[Array, Array]"
+"""A data set (its training split for `fit`, its test split for `evaluate`), or prepared images with their labels."""
+
+
+class Diverged(PortNetError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well a network classifies `count` pictures: shares in [0, 1], and the mean cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+
+
+def check_images(graph: Graph, value: Any, *, wide: bool = False) -> Array:
+    """`value` as the images a session takes: float32 ``(n, *graph.input)``, finite. Raises `InputError`.
+
+    `wide` admits float64, for sessions that compute in it.
+    """
+    array = np.asarray(value)
+    shape = f"(n, {', '.join(map(str, graph.input))})"
+    if array.dtype != np.float32 and not (wide and array.dtype == np.float64):
+        raise InputError(
+            f"images must be float32 {shape}, normalised, got dtype {array.dtype}; "
+            "portnet.preprocess makes them from uint8 pictures"
+        )
+    if array.ndim != 4 or array.shape[1:] != graph.input or not len(array):
+        raise InputError(f"images must have shape {shape} with n of at least 1, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError("images hold NaN or infinity")
+    return array
+
+
+def check_labels(graph: Graph, value: Any, count: int) -> Array:
+    """`value` as the labels a session takes: int64 ``(count,)`` in ``[0, classes)``. Raises `InputError`."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.shape != (count,):
+        raise InputError(f"labels must be integers of shape ({count},), got {array.dtype} of shape {array.shape}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < graph.classes:
+        raise InputError(
+            f"labels must lie in [0, {graph.classes}), the network's classes, "
+            f"got {int(array.min())} to {int(array.max())}"
+        )
+    return array.astype(np.int64)
+
+
+def training_batches(
+    data: Data, graph: Graph, *, seed: int, batch: int, epochs: int | None = None, steps: int | None = None, start: int = 0
+) -> Iterator[Batch]:
+    """Augmented batches of an epoch after another, from the epoch that step `start` falls in.
+
+    Ends after `epochs`, or after `steps` batches; one of them must be given.
+    """
+    for name, value in (("epochs", epochs), ("steps", steps), ("batch", batch)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if (epochs is None) == (steps is None):
+        raise InputError("give either epochs or steps")
+    one_epoch = _epochs(data, graph, seed, batch)
+    per_epoch = one_epoch[0]
+    total = steps if steps is not None else per_epoch * (epochs or 0)
+    for n in range(start, start + total):
+        if n == start or n % per_epoch == 0:
+            current = one_epoch[1](n // per_epoch)
+            for _ in range(n % per_epoch):
+                next(current)
+        yield next(current)
+
+
+def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Callable[[int], Iterator[Batch]]]:
+    """Batches in an epoch, and a function from an epoch's number to them."""
+    if isinstance(data, tuple):
+        pictures = check_images(graph, data[0])
+        labels = check_labels(graph, data[1], len(pictures))
+        count = len(pictures)
+
+        def epoch(number: int) -> Iterator[Batch]:
+            order = philox.order(seed, number, count)
+            for i in range(0, count - batch + 1, batch):
+                ids = order[i : i + batch]
+                yield Batch(images=pictures[ids], labels=labels[ids], ids=ids)
+
+    else:
+        split = data.train if isinstance(data, Splits) else data
+        count = len(split)
+
+        def epoch(number: int) -> Iterator[Batch]:
+            return images.training_batches(split, graph, seed=seed, epoch=number, batch=batch)
+
+    if count < batch:
+        raise InputError(f"a batch of {batch} needs at least as many images to train on, got {count}")
+    return count // batch, epoch
+
+
+def fit(
+    session: Session,
+    batches: Iterator[Batch],
+    *,
+    learning_rate: float,
+    start: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train on each batch in turn; the loss before each step. Raises `Diverged` where it is no finite number.
+
+    `start` is the number of steps taken before. Losses are fetched one step late, so that a device is kept busy.
+    """
+    losses: list[float] = []
+
+    def fetch(value: Any) -> None:
+        loss = float(session.get(value))
+        if not isfinite(loss):
+            raise Diverged(f"the loss became {loss} at step {start + len(losses)}; try a lower learning rate")
+        losses.append(loss)
+        if on_step:
+            on_step(len(losses), loss)
+
+    waiting: list[Any] = []
+    for step, batch in enumerate(batches, start):
+        on_device = (session.put(a) for a in (batch.images, batch.labels, batch.ids))
+        waiting.append(session.train_step(*on_device, step=step, learning_rate=learning_rate))
+        if len(waiting) > 1:
+            fetch(waiting.pop(0))
+    for value in waiting:
+        fetch(value)
+    return losses
+
+
+def evaluate(
+    session: Session,
+    graph: Graph,
+    data: Data,
+    *,
+    batch: int = 64,
+    views: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Classify every picture once, or as the mean of the softmax over the paper's ten views (`views` = 10)."""
+    if views not in (1, 10):
+        raise InputError(f"views must be 1 (centre) or 10 (corners, centre and their mirrors), got {views}")
+    if views == 10 and (isinstance(data, tuple) or _test_split(data).whole):
+        raise InputError("ten views need pictures that suit cropping, not prepared images or a set scaled whole")
+    right1 = right5 = count = 0
+    loss = 0.0
+    for images_, labels in _evaluation_batches(graph, data, max(1, batch // views), views):
+        logits = session.get(session.infer(session.put(images_))).astype(np.float64)
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p = (shifted / shifted.sum(axis=1, keepdims=True)).reshape(len(labels), views, -1).mean(axis=1)
+        rows = np.arange(len(labels))
+        loss -= float(np.log(np.maximum(p[rows, labels], 1e-300)).sum())
+        # Ranked with those above, so that a tie is not a hit by luck; NaN is above nothing and beaten by nothing.
+        above = (p >= p[rows, labels][:, None]).sum(axis=1)
+        right1 += int((above == 1).sum())
+        right5 += int(((above >= 1) & (above <= 5)).sum())
+        count += len(labels)
+        if on_batch:
+            on_batch(count)
+    if not count:
+        raise InputError("there is nothing to evaluate on: the data set is empty")
+    return Evaluation(top1=right1 / count, top5=right5 / count, loss=loss / count, count=count)
+
+
+def _test_split(data: "Splits | DataSet") -> DataSet:
+    return data.test if isinstance(data, Splits) else data
+
+
+def _evaluation_batches(graph: Graph, data: Data, batch: int, views: int) -> Iterator[tuple[Array, Array]]:
+    if isinstance(data, tuple):
+        pictures = check_images(graph, data[0])
+        labels = check_labels(graph, data[1], len(pictures))
+        for i in range(0, len(pictures), batch):
+            yield pictures[i : i + batch], labels[i : i + batch]
+        return
+    split = _test_split(data)
+    if views == 1:
+        for b in images.evaluation_batches(split, graph, batch=batch):
+            yield b.images, b.labels
+        return
+    for i in range(0, len(split), batch):
+        places = range(i, min(i + batch, len(split)))
+        views_ = images.ten_views([split.read(j) for j in places], graph)
+        yield views_.reshape(-1, *graph.input), split.labels[i : i + batch]
