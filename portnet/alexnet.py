@@ -6,7 +6,7 @@ NIPS 2012; [2] cuda-convnet2; [K] BVLC Caffe, models/bvlc_alexnet; [V] torchvisi
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod, sqrt
 
 from portnet.errors import InputError, UnknownName
 from portnet.graph import (
@@ -122,7 +122,7 @@ def torchvision(*, image_size: int = 224, classes: int = 1000, dropout: float = 
     """The widths of "One weird trick" [V]: one tower, no LRN, dropout before fc6 and fc7, images in [0, 1]."""
 
     def conv(name: str, cin: int, cout: int, kernel: int, stride: int = 1, padding: int = 1) -> Conv:
-        default = Uniform(bound=(cin * kernel**2) ** -0.5)  # PyTorch's: Kaiming uniform with a = sqrt(5)
+        default = Uniform(bound=1 / sqrt(cin * kernel**2))  # PyTorch's: Kaiming uniform with a = sqrt(5)
         return Conv(
             name=name,
             in_channels=cin,
@@ -135,7 +135,7 @@ def torchvision(*, image_size: int = 224, classes: int = 1000, dropout: float = 
         )
 
     def linear(name: str, fin: int, fout: int) -> Linear:
-        default = Uniform(bound=fin**-0.5)
+        default = Uniform(bound=1 / sqrt(fin))
         return Linear(name=name, in_features=fin, out_features=fout, weight_init=default, bias_init=default)
 
     return _graph(
@@ -194,7 +194,7 @@ def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **o
         if name not in defaults:
             raise UnknownName(f"option of preset {preset}", name, [*defaults, "mean"])
         wanted = int if isinstance(defaults[name], int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted) or not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, wanted) or not 0 <= value < inf:
             kind = "a positive integer" if wanted is int else "a number of at least 0"
             raise InputError(f"{name} must be {kind}, got {value!r}")
     if options.get("classes", 1) < 1:
@@ -203,7 +203,10 @@ def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **o
     recorded: dict[str, object] = {**defaults, **options}
     normalisation = built.normalisation
     if mean is not None:
-        channels = tuple(float(m) for m in mean)
+        try:
+            channels = tuple(float(m) for m in mean)
+        except (TypeError, ValueError):
+            channels = ()
         if len(channels) != 3 or not all(0 <= m <= 255 for m in channels):
             raise InputError(f"mean must be three numbers on the 0-255 scale, got {mean!r}")
         recorded["mean"] = channels
