@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def parity(graph: Graph, seed: int = 0) -> Arrays:
     for i, (layer, (name, shape)) in enumerate(zip(_owners(graph), graph.parameters.items(), strict=True)):
         std = 0.1
         if name.endswith(".weight"):
-            std = (2 / layer.fan_in) ** 0.5 * (0.01 if layer.name == last and isinstance(layer, Linear) else 1)
+            std = sqrt(2 / layer.fan_in) * (0.01 if layer.name == last and isinstance(layer, Linear) else 1)
         out[name] = draw(Normal(std=std), shape, seed=seed, stream=philox.Stream.PARITY, index=i)
     return out
 
@@ -102,7 +103,8 @@ def check(graph: Graph, weights: Mapping[str, npt.ArrayLike]) -> Arrays:
             raise WeightsError(f"{name} of {graph.preset} has shape {shape}, got {array.shape}")
         if array.dtype.kind != "f":
             raise WeightsError(f"{name} must hold floating-point numbers, got {array.dtype}")
-        out[name] = np.asarray(array, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            out[name] = np.asarray(array, np.float32)
         if not np.isfinite(out[name]).all():
             raise WeightsError(f"{name} holds NaN or infinity")
     return out
@@ -155,7 +157,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, Arrays]:
             raise WeightsError(f"{path} names a network that this version cannot build: {error}") from None
         return graph, _checked(path, graph, arrays)
     if set(arrays) == set(_torchvision_names()):
-        graph = alexnet.graph("torchvision", classes=len(arrays["classifier.6.bias"]))
+        graph = alexnet.graph("torchvision", classes=max(arrays["classifier.6.bias"].size, 1))
         return graph, _checked(path, graph, arrays, from_torchvision)
     raise WeightsError(f"{path} holds neither PortNet's weights nor torchvision's AlexNet: it has {sorted(arrays)[:3]}")
 
