@@ -6,9 +6,10 @@ others are used. The hash finds damage, not forgery.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ class Record:
     """One measurement.
 
     `device` and `environment` say on what it was made and with which versions. `gates` holds each gate's figures:
-    ``parity`` the relative errors and what was allowed, tensor by tensor; ``clock`` the fetch test of each mode, its
-    times in seconds. `training` holds the loss before each step, in nats. `samples` holds, for each mode, the seconds
-    of every timed block, its steps, and the images in a step. `weights` is the SHA-256 of the curve's initial
-    weights.
+    ``parity`` the relative errors (1e300 for one that is not finite) and what was allowed, tensor by tensor;
+    ``clock`` the fetch test of each mode, its times in seconds. `training` holds the loss before each step, in nats.
+    `samples` holds, for each mode, the seconds of every timed block, its steps, and the images in a step. `weights`
+    is the SHA-256 of the curve's initial weights.
     """
 
     spec: Spec
@@ -91,8 +92,11 @@ class Record:
             raise RecordError(f"unknown outcome {self.outcome!r}; one of {', '.join(OUTCOMES)}")
 
     def to_json(self) -> str:
-        """The record as JSON with sorted keys; equal records give equal text."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+        """The record as JSON with sorted keys; equal records give equal text. Raises `RecordError` for a NaN."""
+        try:
+            return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise RecordError(f"the record of {self.spec.stack} holds a number that is not finite: {error}") from error
 
     @property
     def digest(self) -> str:
@@ -120,11 +124,45 @@ def read(path: str | os.PathLike[str]) -> Record:
         raise RecordError(f"{path} is damaged: its content does not have the SHA-256 that its name says")
     try:
         held = json.loads(content)
-        if held.pop("schema") != SCHEMA:
-            raise RecordError(f"{path} is of another schema; this version reads {SCHEMA}")
-        return Record(**{**held, "spec": Spec(**held["spec"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        schema = held.pop("schema")
+        if schema == SCHEMA:
+            return _checked(Record(**{**held, "spec": Spec(**held["spec"])}))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RecordError) as error:
         raise RecordError(f"{path} is no record: {type(error).__name__}: {error}") from error
+    raise RecordError(f"{path} is of schema {schema!r}; this version reads {SCHEMA}")
+
+
+def _checked(record: Record) -> Record:
+    """The record; raises `TypeError` or `ValueError` where what figures are made from has another form than ours."""
+    spec = Spec(backend="")
+    for f in fields(Spec):
+        _same_type(f"spec.{f.name}", getattr(record.spec, f.name), getattr(spec, f.name))
+    empty = Record(spec=spec, outcome="not measured")
+    for f in fields(Record)[1:]:
+        _same_type(f.name, getattr(record, f.name), getattr(empty, f.name))
+    _same_type("training.losses", losses := record.training.get("losses", []), [])
+    _finite("training.losses", losses)
+    for mode, timed in record.samples.items():
+        _same_type(f"samples.{mode}.seconds", timed["seconds"], [])
+        _finite(f"samples.{mode}", measured := [timed["steps"], timed["batch"], *timed["seconds"]])
+        if len(measured) < 3 or min(measured) <= 0:
+            raise ValueError(f"samples.{mode} must hold positive steps, batch and seconds")
+    for finding in record.gates.get("parity", {}).get("findings", []):
+        _same_type("the name of a tensor in gates.parity", finding["what"], "")
+        _finite(finding["what"], [finding["error"], finding["allowed"]])
+    record.to_json()
+    return record
+
+
+def _same_type(name: str, value: object, example: object) -> None:
+    if type(value) is not type(example):
+        raise TypeError(f"{name} must be {type(example).__name__}, got {value!r:.80}")
+
+
+def _finite(name: str, values: Sequence[object]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must hold finite numbers, got {value!r:.80}")
 
 
 def read_all(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], Sequence[RecordError]]:
