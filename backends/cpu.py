@@ -1,11 +1,11 @@
 """The host's processor, through PyTorch."""
 
 from collections.abc import Iterable
-from platform import machine, processor
 from typing import TYPE_CHECKING, ClassVar
 
 from portnet.contract import Backend, Device
 from portnet.hookspecs import hookimpl
+from portnet.host import processor
 from portnet_backends.torch_device import TorchBackend, versions
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ class Cpu(TorchBackend):
 
     def find(self, torch: "ModuleType") -> Device:
         return Device(
-            name=f"{processor() or machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-            f"{torch.get_num_threads()} threads",
+            name=f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
             precisions=("float64", "float32", "bfloat16", "float16"),
             versions=versions(torch),
         )

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from platform import machine, processor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from portnet.contract import Array, Backend, Device, Session, Settings, Trace, Unavailable, Unsupported, Weights
 from portnet.graph import Graph
 from portnet.hookspecs import hookimpl
+from portnet.host import processor
 from portnet.onnx_export import INPUT, OUTPUT, lower
 
 
@@ -38,7 +39,7 @@ class OnnxRuntime(Backend):
 
     def device(self) -> str:
         """What the provider computes on, in words."""
-        return f"ONNX Runtime on {processor() or machine()}"
+        return f"ONNX Runtime on {processor()}"
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> "OnnxRuntimeSession":
         self.check(settings)
@@ -56,6 +57,12 @@ class OnnxRuntime(Backend):
                 "see its messages above, and check the driver and libraries that the provider needs",
             )
         return session
+
+    def run_file(self, path: Path, images: Array) -> Array:
+        """The logits that the file at `path` gives for `images`; what verifies an export."""
+        self.probe()
+        logits: Array = self.start(path.read_bytes()).run([OUTPUT], {INPUT: images})[0]
+        return logits
 
     @property
     def _install(self) -> str:

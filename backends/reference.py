@@ -7,7 +7,6 @@ activations left alone), which is the error that a device of that precision make
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from platform import machine, processor
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from portnet import philox
 from portnet.contract import Array, Backend, Device, Mode, Session, Settings, Trace, Weights
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet.hookspecs import hookimpl
+from portnet.host import processor
 from portnet.parity import Resolve
 
 
@@ -69,7 +69,7 @@ class Reference(Backend):
 
     def probe(self) -> Device:
         return Device(
-            name=f"NumPy on {processor() or machine()}",
+            name=f"NumPy on {processor()}",
             precisions=tuple(_ARITHMETICS),
             versions={"numpy": np.__version__},
         )
@@ -87,10 +87,9 @@ class ReferenceSession(Session):
         self.arithmetic = _ARITHMETICS[settings.precision]
         # Row-major whatever the caller's order: `train_step` updates flat views, and a flattened column-major array is
         # a copy.
-        self.parameters = {
-            name: np.array(weights[name], self.arithmetic.dtype, order="C") for name in graph.parameters
-        }
-        self.velocity = {name: np.zeros_like(value) for name, value in self.parameters.items()}
+        self.parameters = {name: np.array(weights[name], self.arithmetic.dtype, order="C") for name in graph.parameters}
+        # zeros, not zeros_like: no page is touched until the first update.
+        self.velocity = {name: np.zeros(value.shape, value.dtype) for name, value in self.parameters.items()}
         self.resolve: Resolve | None = None
 
     def put(self, array: Array) -> Array:

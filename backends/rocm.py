@@ -20,7 +20,7 @@ class Rocm(TorchBackend):
 
     def find(self, torch: "ModuleType") -> Device:
         if not torch.version.hip:
-            raise wrong_build(torch, "ROCm", f"{INDEX}/rocm7.0")
+            raise wrong_build(torch, "ROCm", f"{INDEX}/rocm7.2")
         if not torch.cuda.is_available():
             raise Unavailable(
                 "PyTorch finds no ROCm device", "check rocminfo, and that you belong to the groups render and video"

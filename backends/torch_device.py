@@ -1,4 +1,4 @@
-"""Any device that PyTorch reaches. A vendor's file says how to find its device and how to wait for it; all else is here.
+"""Any device that PyTorch reaches. A vendor's file says how to find its device and to wait for it; the rest is here.
 
 torch is imported inside functions, since listing backends must not load it; `torch_session` imports it outright and
 is loaded by `open`.

@@ -103,9 +103,7 @@ def caffe(*, image_size: int = 227, classes: int = 1000, dropout: float = 0.5, b
             Flatten(name="flatten"),
         ],
         lambda features: [
-            Linear(
-                name="fc6", in_features=features, out_features=4096, weight_init=Normal(std=0.005), bias_init=one
-            ),
+            Linear(name="fc6", in_features=features, out_features=4096, weight_init=Normal(std=0.005), bias_init=one),
             ReLU(name="relu6"),
             Dropout(name="drop6", p=dropout, inverted=True),
             Linear(name="fc7", in_features=4096, out_features=4096, weight_init=Normal(std=0.005), bias_init=one),
@@ -169,9 +167,7 @@ def torchvision(*, image_size: int = 224, classes: int = 1000, dropout: float = 
         ],
         # torchvision's references/classification: decay 1e-4 on every parameter, biases included.
         Recipe(learning_rate=0.01, momentum=0.9, weight_decay=1e-4, bias_decay=1.0),
-        Normalisation(
-            mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), scale=(0.229 * 255, 0.224 * 255, 0.225 * 255)
-        ),
+        Normalisation(mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), scale=(0.229 * 255, 0.224 * 255, 0.225 * 255)),
     )
 
 
@@ -189,7 +185,7 @@ def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **o
     """
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
-    defaults: dict[str, float] = PRESETS[preset].__kwdefaults__
+    defaults: dict[str, float] = PRESETS[preset].__kwdefaults__ or {}
     for name, value in options.items():
         if name not in defaults:
             raise UnknownName(f"option of preset {preset}", name, [*defaults, "mean"])

@@ -9,11 +9,12 @@ Each check judges by measurement against the float64 reference; see `portnet.par
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from portnet import alexnet, clock, parity, philox, plugins
-from portnet.contract import PRECISIONS, Array, Backend, Session, Settings, Unsupported
+from portnet.contract import PRECISIONS, Backend, Session, Settings, Unsupported
 from portnet.errors import PortNetError
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 
@@ -112,8 +113,9 @@ def _checks(
                     f"{kind}, {precision}, {formulation}",
                     lambda a=precision, b=formulation, c=kind: _parity(backend, parity.Case(layer_graph(c)), a, b),  # type: ignore[misc]
                 )
+    options: dict[str, Any] = {"image_size": image_size} if image_size else {}
     for preset in alexnet.PRESETS:
-        graph = alexnet.graph(preset, **({"image_size": image_size} if image_size else {}))
+        graph = alexnet.graph(preset, **options)
         for precision in [p for p in precisions if p in offered]:
             for formulation in backend.formulations:
                 yield Check(
@@ -263,28 +265,8 @@ def _masks(backend: Backend, precision: str) -> str:
 def _waits(backend: Backend, precision: str, mode: str) -> str:
     case, other = _small(16), parity.Case(_small().graph, batch=16, seed=1)
     session = _open(backend, case, precision)
-    seen = clock.fetch_test(session, *_work(session, case, other, mode))
+    run, right = clock.work(session, mode, *((c.images, c.labels, c.ids) for c in (case, other)))
+    seen = clock.fetch_test(session, run, right)
+    session.close()
     _require(seen.honest, str(seen))
     return str(seen)
-
-
-def _work(
-    session: Session, case: parity.Case, other: parity.Case, mode: str
-) -> tuple[clock.Run, Callable[[Array], bool]]:
-    """Steps on one batch and a last one on another, so that a stale value is a wrong one."""
-    batches = [tuple(session.put(a) for a in (c.images, c.labels, c.ids)) for c in (case, other)]
-
-    def step(batch: tuple[object, ...]) -> object:
-        images, labels, ids = batch
-        if mode == "infer":
-            return session.infer(images)
-        # At rate 0 the weights stay, and with them the right loss.
-        return session.train_step(images, labels, ids, step=0, learning_rate=0.0)
-
-    def run(steps: int) -> object:
-        for _ in range(steps - 1):
-            step(batches[0])
-        return step(batches[1])
-
-    right = session.get(step(batches[1]))
-    return run, lambda value: parity.norm_error(np.asarray(value), np.asarray(right)) <= _SAME

@@ -76,7 +76,7 @@ class Trace:
 
 
 class Session(ABC):
-    """One network on one device. What `put`, `infer` and `train_step` return lives on the device, perhaps unfinished."""
+    """One network on one device. What `put`, `infer` and `train_step` return lives there, perhaps unfinished."""
 
     @abstractmethod
     def put(self, array: Array) -> Any:
@@ -110,7 +110,7 @@ class Session(ABC):
         raise Unsupported(f"{type(self).__name__} does not train")
 
     def masks(self, ids: Any, *, step: int) -> dict[str, npt.NDArray[np.bool_]]:
-        """The dropout masks `train_step` would draw (True is kept), ``(batch, features)`` by layer name, on the host."""
+        """The dropout masks that `train_step` draws, by layer: bool ``(batch, features)`` on the host, True is kept."""
         raise Unsupported(f"{type(self).__name__} does not train")
 
     def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
@@ -122,7 +122,7 @@ class Session(ABC):
             raise Unsupported(f"{type(self).__name__} does not train")
         return Trace(layers={}, logits=self.get(self.infer(self.put(images))))
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing to give back is the usual case)
         """Give the device's memory back. The session is not used after it."""
 
 

@@ -46,7 +46,7 @@ class Unavailable(PortNetError):
 
 
 class Unsupported(PortNetError):
-    """The device is there, but not what was asked of it (a precision, an engine, training). Never replaced in silence."""
+    """The device is there, but not what was asked of it: a precision, an engine, training. Nothing replaces it."""
 
 
 class PluginError(PortNetError):

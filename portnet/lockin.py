@@ -16,8 +16,10 @@ COUNTED = ("works", "partial")
 GATED = ("wrong", "dishonest clock", "unsteady")
 """The outcomes of a failed gate: the speed is void."""
 
-WORK = ("preset", "image_size", "classes", "batch", "data", "curve_size", "curve_batch", "curve_steps", "seed")
-"""What must agree between two specs for their stacks to have been given the same work."""
+TRAINING = ("preset", "classes", "data", "curve_size", "curve_batch", "curve_steps", "seed")
+"""What must agree between two specs for their loss curves to be held against each other."""
+WORK = (*TRAINING, "image_size", "batch")
+"""What must agree between two specs for their speeds to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,23 @@ class Row:
         return max(self.distances, default=None)
 
 
+def spread(records: Sequence[Record]) -> float | None:
+    """The largest loss difference between a run and its siblings that started one rounding away: how far equals drift.
+
+    From stacks that passed their gates; None where no perturbed run was made.
+    """
+    return max(
+        (
+            abs(a - b)
+            for record in records
+            if record.outcome in COUNTED
+            for run in record.training.get("perturbed", ())
+            for a, b in zip(record.training["losses"], run, strict=True)
+        ),
+        default=None,
+    )
+
+
 def rows(records: Sequence[Record]) -> list[Row]:
     """A row for every record, in their order."""
     return [_row(record, records) for record in records]
@@ -108,8 +127,7 @@ def _reference(record: Record, records: Sequence[Record]) -> Record | None:
 
 
 def _same_training(one: Record, other: Record) -> bool:
-    keys = ("preset", "classes", "data", "curve_size", "curve_batch", "curve_steps", "seed")
-    same = all(getattr(one.spec, k) == getattr(other.spec, k) for k in keys)
+    same = all(getattr(one.spec, k) == getattr(other.spec, k) for k in TRAINING)
     return same and one.weights == other.weights != ""
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, onnx_export, parity, plugins, training, weights
+from portnet import alexnet, images, onnx_export, parity, plugins, training, weights
 from portnet.contract import Array, Device, Settings
 from portnet.errors import ExportError, InputError, Unavailable, Unsupported
 from portnet.graph import Graph
 from portnet.images import DataSet, Splits
 from portnet.training import Data, Evaluation
-
 
 EXPORT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
 """The largest relative error, over output channels, between a session's logits and those of its float32 file."""
@@ -82,6 +81,9 @@ class AlexNet:
         self.steps = 0
         """Updates made since the weights were set: the number of the next training step."""
         self.class_names: tuple[str, ...] | None = None
+        """Names of the classes, once trained on a data set that has them; saved with the weights."""
+        self.whole = False
+        """Whether pictures are scaled whole to the input, not cropped; taken from the data set as the names are."""
 
     @classmethod
     def load(
@@ -97,8 +99,9 @@ class AlexNet:
         graph, arrays = weights.load(path)
         net = cls.__new__(cls)
         net._open(graph, backend, Settings(precision=precision, formulation=formulation, seed=_seed(seed)), arrays)
-        names = weights.read_notes(path).get("class_names")
-        net.class_names = tuple(names) if names else None
+        notes = weights.read_notes(path)
+        net.class_names = tuple(notes["class_names"]) if notes.get("class_names") else None
+        net.whole = bool(notes.get("whole", False))
         return net
 
     def __repr__(self) -> str:
@@ -107,18 +110,18 @@ class AlexNet:
             f"on {self.backend.name} ({self.device.name})>"
         )
 
-    def __call__(self, images: Any) -> Any:
+    def __call__(self, batch: Any) -> Any:
         """Logits ``(n, classes)`` for prepared images, float32 ``(n, 3, S, S)``; see `portnet.preprocess`.
 
         NumPy in gives NumPy back, a torch tensor gives a float32 tensor on its device. Raises `InputError` for the
         wrong shape or dtype, NaN or infinity.
         """
         torch = sys.modules.get("torch")
-        tensor = torch is not None and isinstance(images, torch.Tensor)
-        host = images.detach().cpu().numpy() if tensor else images
+        tensor = torch is not None and isinstance(batch, torch.Tensor)
+        host = batch.detach().cpu().numpy() if tensor else batch
         host = training.check_images(self.graph, host, wide=self.settings.precision == "float64")
         logits = self.session.get(self.session.infer(self.session.put(host)))
-        return torch.from_numpy(logits).to(images.device) if torch is not None and tensor else logits
+        return torch.from_numpy(logits).to(batch.device) if torch is not None and tensor else logits
 
     @property
     def module(self) -> Any:
@@ -150,7 +153,7 @@ class AlexNet:
         """
         if "train" not in self.backend.modes:
             raise Unsupported(f"backend {self.backend.name} does not train, it only infers")
-        self._take_names(data)
+        self._take_conventions(data)
         batches = training.training_batches(
             data,
             self.graph,
@@ -174,9 +177,22 @@ class AlexNet:
         """
         return training.evaluate(self.session, self.graph, data, batch=batch, views=views, on_batch=on_batch)
 
+    def classify(self, picture: str | os.PathLike[str] | Array, *, top: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes of one picture, a file or uint8 ``(height, width, 3)``, with their probabilities.
+
+        Classes are named as in the data set trained on, or by number. Raises `PictureError` for a file that is no
+        picture and `InputError` for an array that is none.
+        """
+        pixels = picture if isinstance(picture, np.ndarray) else images.read_picture(picture)
+        logits = self(images.preprocess([pixels], self.graph, whole=self.whole))[0].astype(np.float64)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        names = self.class_names or tuple(map(str, range(self.graph.classes)))
+        return [(names[i], float(p[i])) for i in np.argsort(-p, kind="stable")[:top]]
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, preset, options and class names to one safetensors file. Raises `WeightsError`."""
-        notes = {"class_names": self.class_names} if self.class_names else {}
+        notes = {"class_names": self.class_names, "whole": self.whole}
         return weights.save(path, self.graph, self.weights(), notes)
 
     def export_onnx(self, path: str | os.PathLike[str], *, verify: bool = True) -> Export:
@@ -192,12 +208,12 @@ class AlexNet:
         runner = next((b for b in plugins.backends().values() if hasattr(b, "run_file")), None)
         if runner is None:
             return None
-        images = parity.Case(self.graph).images
+        probe = parity.Case(self.graph).images
         try:
-            given = runner.run_file(path, images)
+            given = runner.run_file(path, probe)
         except Unavailable:
             return None
-        error = parity.channel_error(given, self(images).astype(np.float64))
+        error = parity.channel_error(given, self(probe).astype(np.float64))
         allowed = EXPORT_TOLERANCE[self.settings.precision]
         if not error <= allowed:
             raise ExportError(
@@ -210,7 +226,7 @@ class AlexNet:
         """Layers, output shapes, parameters and multiply-accumulates, as a table."""
         return self.graph.summary()
 
-    def _take_names(self, data: Data) -> None:
+    def _take_conventions(self, data: Data) -> None:
         if isinstance(data, tuple):
             return
         split: DataSet = data.train if isinstance(data, Splits) else data
@@ -219,7 +235,7 @@ class AlexNet:
                 f"{split.name} has {len(split.class_names)} classes and the network {self.graph.classes}; "
                 f"ask for classes={len(split.class_names)}"
             )
-        self.class_names = split.class_names
+        self.class_names, self.whole = split.class_names, split.whole
 
 
 def _seed(seed: int) -> int:

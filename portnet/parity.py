@@ -24,7 +24,7 @@ from portnet.errors import PluginError
 from portnet.graph import Graph
 
 RATES = (1e-5, 1e-5, 1e-6)
-"""Learning rates of the gated updates. They change, or a rate outside the velocity could not be told from one inside."""
+"""Learning rates of the gated updates. They change, or a rate kept outside the velocity would not show."""
 
 DECAY = 1e4
 """The gated updates' weight decay as a multiple of the recipe's. Parity weights give gradients so large that at the
@@ -59,6 +59,8 @@ class OracleSession(Protocol):
 
 class Oracle(Protocol):
     """The reference backend, as far as the gate needs it."""
+
+    def __hash__(self) -> int: ...
 
     def open(self, graph: Graph, weights: Mapping[str, Array], settings: Settings) -> OracleSession: ...
 
@@ -247,16 +249,15 @@ def expect(case: Case, oracle: Oracle, precision: str, *, train: bool = True) ->
 
     one, other = both(gradients)
     gated_gradients = {
-        n: Gated(
-            exact=g, allowed=allow(scale * norm_error(base.gradients[n], g), one[n], other[n], g)
-        )
+        n: Gated(exact=g, allowed=allow(scale * norm_error(base.gradients[n], g), one[n], other[n], g))
         for n, g in truth.gradients.items()
     }
     w, losses = updated(open_("float64"), None)
     w_base, _ = updated(rounded, None)
     w_one, w_other = both(lambda r: updated(open_("float64"), r)[0] if r else w)
     updates = {
-        n: Gated(exact=v, allowed=allow(scale * norm_error(w_base[n], v), w_one[n], w_other[n], v)) for n, v in w.items()
+        n: Gated(exact=v, allowed=allow(scale * norm_error(w_base[n], v), w_one[n], w_other[n], v))
+        for n, v in w.items()
     }
     return Expected(
         case=case,
@@ -279,9 +280,7 @@ def norm_error_between(one: Array, other: Array, exact: Array) -> float:
 def update(session: Any, case: Case) -> tuple[dict[str, Array], tuple[float, ...]]:
     """Weights after the gated updates (`RATES`), and the losses before each."""
     images, labels, ids = (session.put(a) for a in (case.images, case.labels, case.ids))
-    losses = [
-        session.train_step(images, labels, ids, step=step, learning_rate=rate) for step, rate in enumerate(RATES)
-    ]
+    losses = [session.train_step(images, labels, ids, step=step, learning_rate=rate) for step, rate in enumerate(RATES)]
     values = tuple(float(session.get(loss)) for loss in losses)
     return session.weights(), values
 

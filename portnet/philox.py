@@ -32,6 +32,7 @@ class Stream(IntEnum):
     COLOUR = 4
     SYNTHETIC = 5
     PARITY = 6
+    PERTURB = 7
     DROPOUT = 256
 
 
@@ -67,9 +68,7 @@ def bits(seed: int, stream: int, index: npt.ArrayLike, step: int, count: int) ->
     return np.unpackbits(drawn.astype("<u4").view(np.uint8), axis=1, count=count, bitorder="little").astype(bool)
 
 
-def keep_mask(
-    seed: int, layer: int, index: npt.ArrayLike, step: int, count: int, p: float
-) -> npt.NDArray[np.bool_]:
+def keep_mask(seed: int, layer: int, index: npt.ArrayLike, step: int, count: int, p: float) -> npt.NDArray[np.bool_]:
     """Which of `count` elements dropout layer number `layer` keeps, for each image id: bool, ``(len(index), count)``.
 
     At ``p = 0.5`` an element takes one bit (kept where it is set), otherwise one word (kept where it reaches
@@ -94,7 +93,7 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 
 def uniform(drawn: U32) -> F64:
     """Words to float64 in the open interval (0, 1): ``(word + 1/2) / 2^32``."""
-    return (drawn + 0.5) / 2.0**32
+    return (drawn.astype(np.float64) + 0.5) / 2.0**32
 
 
 def normal(drawn: U32) -> F64:
@@ -135,7 +134,7 @@ def _log(x: F64) -> F64:
     square, total = s * s, np.zeros_like(s)
     for n in range(21, 0, -2):
         total = total * square + 1 / n
-    return e * 0.6931471805599453 + 2 * s * total
+    return np.asarray(e * 0.6931471805599453 + 2 * s * total)
 
 
 # Coefficients of AS 241's PPND16, from the constant term up: numerator, denominator.

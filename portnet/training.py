@@ -64,7 +64,14 @@ def check_labels(graph: Graph, value: Any, count: int) -> Array:
 
 
 def training_batches(
-    data: Data, graph: Graph, *, seed: int, batch: int, epochs: int | None = None, steps: int | None = None, start: int = 0
+    data: Data,
+    graph: Graph,
+    *,
+    seed: int,
+    batch: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    start: int = 0,
 ) -> Iterator[Batch]:
     """Augmented batches of an epoch after another, from the epoch that step `start` falls in.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,34 @@ def parity(graph: Graph, seed: int = 0) -> Arrays:
     return out
 
 
+def perturbed(weights: Mapping[str, npt.NDArray[np.float32]], run: int) -> Arrays:
+    """Every weight moved to the next float32 above or below it, by a fair bit each."""
+    out = {}
+    for i, (name, value) in enumerate(weights.items()):
+        up = philox.bits(run, philox.Stream.PERTURB, [i], 0, value.size).reshape(value.shape)
+        towards = np.where(up, np.float32(np.inf), np.float32(-np.inf))
+        out[name] = np.nextafter(value, towards)
+    return out
+
+
 def draw(init: Init, shape: Shape, *, seed: int, stream: int, index: int) -> npt.NDArray[np.float32]:
     """Float32 values of that distribution; word n of the stream's counter `index` gives element n."""
     if isinstance(init, Constant):
         return np.full(shape, init.value, np.float32)
     out = np.empty(shape, np.float32)
     flat = out.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
+
+    def fill(start: int) -> None:
         part = flat[start : start + _CHUNK]
         drawn = philox.words(seed, stream, index, 0, part.size, first_block=start // 4)[0]
-        part[:] = (
-            philox.normal(drawn) * init.std if isinstance(init, Normal) else (2 * philox.uniform(drawn) - 1) * init.bound
-        )
+        if isinstance(init, Normal):
+            part[:] = philox.normal(drawn) * init.std
+        else:
+            part[:] = (2 * philox.uniform(drawn) - 1) * init.bound
+
+    # NumPy lets other threads run meanwhile. Every element depends on its own counter alone, so any order will do.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(0, flat.size, _CHUNK)))
     return out
 
 
@@ -80,7 +97,7 @@ def digest(weights: Mapping[str, npt.NDArray[Any]]) -> str:
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name], "<f4")
         sha.update(f"{name}{array.shape}".encode())
-        sha.update(array)
+        sha.update(array.data)
     return sha.hexdigest()
 
 

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from portnet_backends.onnxruntime_ep import Cpu, portnet_backends
 
 from portnet import alexnet
 from portnet.contract import Settings
@@ -31,6 +30,7 @@ from portnet.graph import (
     ReLU,
 )
 from portnet.onnx_export import export, lower
+from portnet_backends.onnxruntime_ep import Cpu, portnet_backends
 
 BOUND = 1e-5  # Float32 made at most 3e-6 in these tests; the mildest mistake tried, merged towers, 7e-4.
 
@@ -340,9 +340,9 @@ def test_an_opset_out_of_range_is_refused(tiny, opset):
 
 
 def test_a_wrong_destination_is_refused(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"is a folder.*alexnet\.onnx"):
+    with pytest.raises(InputError, match=r"it is a folder"):
         export(*tiny, tmp_path)
-    with pytest.raises(InputError, match=r"no folder .*missing.*create it"):
+    with pytest.raises(InputError, match=r"no folder .*missing"):
         export(*tiny, tmp_path / "missing" / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -357,7 +357,7 @@ def test_a_failing_write_leaves_things_as_they_were(tiny, tmp_path, monkeypatch,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         export(*tiny, path)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
 

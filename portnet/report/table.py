@@ -1,0 +1,162 @@
+"""Figures as words, and as tables for the terminal."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from portnet.lockin import Row, same_work, void
+from portnet.record import Record, Spec
+
+NOT_MEASURED = "not measured"
+
+STYLES = {"works": "green", "partial": "yellow", "not available": "dim", "not measured": "dim"}
+"""Of an outcome's word; every other outcome is a failure's."""
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """Outcome, speed, gate and loss of each stack; below it the stacks that have no full row, and why.
+
+    Two lines a stack: so its figures fit 80 columns.
+    """
+    table = _table()
+    table.leading = 1
+    table.add_column("Stack,\ndevice", overflow="fold")
+    table.add_column("Outcome", width=9)
+    table.add_column("Images/s\ntraining", justify="right", width=8)
+    table.add_column("Images/s\ninference", justify="right", width=9)
+    table.add_column("Gate used,\nlogit error", justify="right", width=11)
+    table.add_column("Loss,\ndistance", justify="right", width=13)
+    for label, row in zip(labels(rows), rows, strict=True):
+        if row.record.outcome != "not available":
+            table.add_row(
+                Text(f"{label}\n").append(device(row.record), style="dim"),
+                Text(row.record.outcome, style=STYLES.get(row.record.outcome, "red")),
+                Text(speed(row, "train").replace(" quick", "\nquick")),
+                Text(speed(row, "infer").replace(" quick", "\nquick")),
+                Text(f"{share(row.parity)}\n{error(row.logits)}" if row.parity is not None else NOT_MEASURED),
+                Text(f"{course(row)}\n{distance(row)}" if row.losses else NOT_MEASURED),
+            )
+    table.caption = _notes(rows)
+    table.caption_style, table.caption_justify = "", "left"
+    return table
+
+
+def losses(rows: Sequence[Row], at_most: int = 12) -> Table:
+    """The loss before each step, a column for each stack that trained, at evenly spaced steps with both ends."""
+    named = [(label, row) for label, row in zip(labels(rows), rows, strict=True) if row.losses]
+    table = _table()
+    table.add_column("Loss\nbefore step", justify="right", width=11)
+    for label, _ in named:
+        table.add_column(Text(label.replace("/", "/\n").replace(" (", "\n(")), justify="right", overflow="fold")
+    for step in spaced(max((len(row.losses) for _, row in named), default=0), at_most):
+        cells = [f"{row.losses[step]:.4f}" if step < len(row.losses) else NOT_MEASURED for _, row in named]
+        table.add_row(Text(str(step + 1)), *map(Text, cells))
+    return table
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+
+
+def spaced(count: int, at_most: int) -> list[int]:
+    """At most that many of the indices below `count`, evenly spaced, the first and the last among them."""
+    few = min(count, max(at_most, 2))
+    return [round(i * (count - 1) / (few - 1)) for i in range(few)] if few > 1 else list(range(few))
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A name for each row: its stack, and as much more as tells it from others of the same stack."""
+    names = [plain(row.spec.stack) for row in rows]
+    tells: list[Callable[[Record], str]] = [device, lambda r: work(r.spec), lambda r: r.digest[:8]]
+    for tell in tells:
+        told = [tell(row.record) for row in rows]
+        names = [
+            f"{name}, {own}" if {t for n, t in zip(names, told, strict=True) if n == name} != {own} else name
+            for name, own in zip(names, told, strict=True)
+        ]
+    return names
+
+
+def work(spec: Spec) -> str:
+    """What a stack was given to do."""
+    return plain(
+        f"{spec.preset} at {spec.image_size} × {spec.image_size} pixels, batch {spec.batch}; training curve of "
+        f"{spec.curve_steps} steps of {spec.curve_batch} images of {spec.data} at {spec.curve_size} × "
+        f"{spec.curve_size}, {spec.classes} classes; seed {spec.seed}"
+    )
+
+
+def device(record: Record) -> str:
+    """The device's name."""
+    return plain(str(record.device.get("name") or "unknown device"))
+
+
+def speed(row: Row, mode: str) -> str:
+    """Images per second of that mode, or why there is no figure."""
+    rates = row.train if mode == "train" else row.infer
+    if rates is not None:
+        return f"{rate(rates[0])} quick" if row.spec.quick else rate(rates[0])
+    return f"void: {row.record.outcome}" if void(row.record, mode) else NOT_MEASURED
+
+
+def rate(value: float) -> str:
+    """Images per second, to about three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def share(value: float | None) -> str:
+    """The share of the gate's allowance that was used."""
+    if value is None:
+        return NOT_MEASURED
+    if value > 1e100:
+        return "not finite"
+    if value >= 10:
+        return f"{value:,.0f} times" if value < 1e6 else f"{value:.0e} times"
+    return f"{100 * value:.0f}%" if value >= 0.01 or not value else f"{100 * value:.1g}%"
+
+
+def error(value: float | None) -> str:
+    """A relative error, or a distance in nats."""
+    if value is None:
+        return NOT_MEASURED
+    return "not finite" if value > 1e100 else f"{value:.1e}" if value else "0"
+
+
+def course(row: Row) -> str:
+    """The loss, from the first step to the last."""
+    if row.first_loss is None or row.last_loss is None:
+        return NOT_MEASURED
+    return f"{row.first_loss:.2f} to {row.last_loss:.2f}"
+
+
+def distance(row: Row) -> str:
+    """The largest distance of the loss from the reference's."""
+    return "the reference" if row.reference is row.record else error(row.loss_distance)
+
+
+def plain(text: Any) -> str:
+    """The text without control and formatting characters: a record can come from anyone, a terminal obeys them."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def _notes(rows: Sequence[Row]) -> Text:
+    """What the columns mean, and why rows are short or missing."""
+    notes = [
+        "Images/s: the median over timed blocks. Gate used: the largest share of the parity gate's allowance that any "
+        "tensor took. Logit error: relative, against the float64 reference. Loss: before the first step and the last. "
+        "Distance: the largest, at any step, of the loss from the reference's, in nats.",
+    ]
+    if any(row.spec.quick for row in rows):
+        notes.append("quick: fewer samples than a figure to be quoted needs.")
+    if len(same_work([row.record for row in rows])) > 1:
+        notes.append("Not all stacks were given the same work: compare only those that were.")
+    found = Text("\n" + "\n".join(notes))
+    for label, row in zip(labels(rows), rows, strict=True):
+        if row.record.reason or row.record.outcome == "not available":
+            found.append(f"\n\n{label}: {row.record.outcome}", style="bold")
+            for name, text in (("reason", row.record.reason), ("remedy", row.record.remedy)):
+                found.append(f"\n{name}: {plain(text)}" if text else "")
+    return found
