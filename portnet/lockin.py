@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import inf
 from statistics import median
 from typing import Any
@@ -68,21 +69,23 @@ class Row:
         return max(self.distances, default=None)
 
 
-def spread(records: Sequence[Record]) -> float | None:
-    """The largest loss difference between a run and its siblings that started one rounding away: how far equals drift.
+def drift(records: Sequence[Record]) -> list[float]:
+    """How far equals drift, by step: the largest loss difference of a run from its siblings begun one rounding away.
 
-    From stacks that passed their gates; None where no perturbed run was made.
+    From stacks that passed their gates; empty where no perturbed run was made.
     """
-    return max(
-        (
-            abs(a - b)
-            for record in records
-            if record.outcome in COUNTED
-            for run in record.training.get("perturbed", ())
-            for a, b in zip(record.training["losses"], run, strict=True)
-        ),
-        default=None,
-    )
+    differences = [
+        [abs(a - b) for a, b in zip(record.training["losses"], run, strict=True)]
+        for record in records
+        if record.outcome in COUNTED
+        for run in record.training.get("perturbed", ())
+    ]
+    return [max(step) for step in zip_longest(*differences, fillvalue=0.0)]
+
+
+def spread(records: Sequence[Record]) -> float | None:
+    """The largest of `drift`."""
+    return max(drift(records), default=None)
 
 
 def rows(records: Sequence[Record]) -> list[Row]:

@@ -73,9 +73,10 @@ class Record:
 
     `device` and `environment` say on what it was made and with which versions. `gates` holds each gate's figures:
     ``parity`` the relative errors (1e300 for one that is not finite) and what was allowed, tensor by tensor;
-    ``clock`` the fetch test of each mode, its times in seconds. `training` holds the loss before each step, in nats.
-    `samples` holds, for each mode, the seconds of every timed block, its steps, and the images in a step. `weights`
-    is the SHA-256 of the curve's initial weights.
+    ``clock`` the fetch test of each mode, its times in seconds. `training` holds the loss before each step, in nats,
+    and in `perturbed` the losses of runs whose weights began one rounding away. `samples` holds, for each mode, the
+    seconds of every timed block, its steps, and the images in a step. `weights` is the SHA-256 of the curve's initial
+    weights.
     """
 
     spec: Spec
@@ -142,8 +143,12 @@ def _checked(record: Record) -> Record:
     empty = Record(spec=spec, outcome="not measured")
     for f in fields(Record)[1:]:
         _same_type(f.name, getattr(record, f.name), getattr(empty, f.name))
-    _same_type("training.losses", losses := record.training.get("losses", []), [])
-    _finite("training.losses", losses)
+    losses, perturbed = record.training.get("losses", []), record.training.get("perturbed", [])
+    for curve in (losses, *perturbed):
+        _same_type("a curve in training", curve, [])
+        _finite("a curve in training", curve)
+        if len(curve) != len(losses):
+            raise ValueError(f"curves in training must be equally long, got {len(curve)} and {len(losses)} steps")
     for mode, timed in record.samples.items():
         _same_type(f"samples.{mode}.seconds", timed["seconds"], [])
         _finite(f"samples.{mode}", measured := [timed["steps"], timed["batch"], *timed["seconds"]])

@@ -7,7 +7,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -20,9 +21,11 @@ WIDTH = 460
 """Of a plot, in its own pixels: text of 12 of them stays readable when a phone scales it down."""
 INK = "#010203"
 """Stands for `currentColor`, which Matplotlib has no word for."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#bf62a0", "#917300", "#3b95c9")
+COLOURS = ("#1f7fc0", "#d55e00", "#009e73", "#bf62a0", "#917300", "#3b95c9")
 """After Okabe and Ito, who chose them for colour-blind readers; darkened to contrast 3:1 with white and near-black."""
 DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 3)))
+DRIFT = 0.12
+"""Opacity of the area in which equals drift."""
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LEGEND_LINE = 17
 """Height of a line of a legend, in pixels."""
@@ -46,6 +49,16 @@ class Bars:
     text: Mapping[str, str]
 
 
+@contextmanager
+def _our_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's own settings are, and the same SVG from the same figures."""
+    from matplotlib import style
+
+    with style.context(["default", {"font.size": 12, "svg.fonttype": "none", "svg.hashsalt": "portnet"}]):
+        yield
+
+
+@_our_style()
 def losses(curves: Sequence[Curve], *, name: str) -> str:
     """The curves laid over each other; `name` goes before every id."""
     figure, axes = _canvas(300, len(curves))
@@ -58,14 +71,21 @@ def losses(curves: Sequence[Curve], *, name: str) -> str:
     return _svg(figure, name, "Loss before each training step", f"From the first step to the last. {told}.")
 
 
-def distances(curves: Sequence[Curve], *, name: str) -> str:
-    """How far each curve is from the reference, on a logarithmic axis; equal losses stand on a line of their own."""
-    figure, axes = _canvas(300, len(curves))
-    positive = [v for curve in curves for v in curve.values if 0 < v < math.inf]
+@_our_style()
+def distances(curves: Sequence[Curve], *, name: str, drift: Sequence[float] = ()) -> str:
+    """How far each curve is from the reference, on a logarithmic axis; equal losses stand on a line of their own.
+
+    `drift`: how far apart equals are by step, shown as the area below.
+    """
+    figure, axes = _canvas(300, len(curves) + bool(drift))
+    positive = [v for values in (drift, *(curve.values for curve in curves)) for v in values if 0 < v < math.inf]
     top = math.ceil(math.log10(max(positive, default=1e-6)) + 1e-9)
     bottom = min(math.floor(math.log10(min(positive, default=1e-7))), top - 1)
     zero = bottom - max(1.0, 0.15 * (top - bottom))
     height = top - zero
+    if drift:
+        levels = [math.log10(v) if 0 < v < math.inf else zero for v in drift]
+        axes.fill_between(range(1, len(levels) + 1), levels, zero - height, color=INK, alpha=DRIFT, linewidth=0)
     for n, curve in enumerate(curves):
         steps = range(1, len(curve.values) + 1)
         logs = [math.log10(v) if 0 < v < math.inf else math.nan for v in curve.values]
@@ -78,11 +98,12 @@ def distances(curves: Sequence[Curve], *, name: str) -> str:
     axes.set_yticks([zero, *decades], ["equal", *(f"10{str(d).translate(SUPERSCRIPT)}" for d in decades)])
     axes.set_ylim(zero - 0.06 * height, top + 0.03 * height)
     _label_steps(axes, curves, "|loss - reference|, nats")
-    _legend(figure, axes, curves)
+    _legend(figure, axes, curves, area="runs begun one rounding away: so far do equals drift" if drift else "")
     told = "; ".join(f"{c.label}: at most {max(c.values):.1e}" for c in curves if c.values)
     return _svg(figure, name, "Distance of the loss from the reference's", f"Before each training step. {told}.")
 
 
+@_our_style()
 def throughput(stacks: Sequence[Bars], *, name: str) -> str:
     """A bar for each mode of each stack, from zero to the median, with a whisker from the least to the most."""
     modes = list(dict.fromkeys(mode for stack in stacks for mode in stack.rates))
@@ -114,13 +135,11 @@ def throughput(stacks: Sequence[Bars], *, name: str) -> str:
 
 
 def _canvas(height: float, legend: int) -> tuple["Figure", "Axes"]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     pixel = 1 / 72
-    with rc_context({"font.size": 12}):
-        figure = Figure(figsize=(WIDTH * pixel, (height + LEGEND_LINE * legend) * pixel), layout="constrained")
-        axes = figure.subplots()
+    figure = Figure(figsize=(WIDTH * pixel, (height + LEGEND_LINE * legend) * pixel), layout="constrained")
+    axes = figure.subplots()
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,7 +157,6 @@ def _style(curve: Curve) -> dict[str, Any]:
         "color": COLOURS[n % len(COLOURS)],
         "linestyle": DASHES[n % len(DASHES)],
         "linewidth": 1.8 if n else 4.0,
-        "alpha": 1.0 if n else 0.55,
         "marker": "o" if len(curve.values) == 1 else "",
     }
 
@@ -157,18 +175,24 @@ def _text(axes: "Axes", x: float, y: float, text: str, **how: Any) -> None:
     axes.text(x, y, _line(text), color=INK, parse_math=False, fontsize=11, in_layout=False, **how)
 
 
-def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve]) -> None:
+def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve], area: str = "") -> None:
+    from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], **_style(curve)) for curve in curves]
+    names = [curve.label for curve in curves]
+    handles: list[Artist] = [Line2D([], [], **_style(curve)) for curve in curves]
+    if area:
+        names.append(area)
+        handles.append(Patch(color=INK, alpha=DRIFT, linewidth=0))
     # Set afterwards: Matplotlib leaves out labels that begin with an underscore.
     legend = figure.legend(
         handles, ["-"] * len(handles), loc="outside lower left", frameon=False, labelcolor=INK, fontsize=11,
         handlelength=3.2, labelspacing=0.35, borderpad=0.1,
     )  # fmt: skip
-    for text, curve in zip(legend.get_texts(), curves, strict=True):
+    for text, shown in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
-        text.set_text(_line(curve.label))
+        text.set_text(_line(shown))
 
 
 def _line(text: str, longest: int = 56) -> str:
@@ -178,11 +202,9 @@ def _line(text: str, longest: int = 56) -> str:
 
 
 def _svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    from matplotlib import rc_context
-
     drawn = io.BytesIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "portnet"}), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # Letters that Matplotlib's font lacks, the reader's browser has.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(drawn, format="svg", metadata=nothing)
@@ -216,7 +238,4 @@ def _mended(key: str, value: str, name: str) -> str:
     if key.endswith("href"):
         return value.replace("#", f"#{name}-", 1)
     value = value.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
-    return re.sub(r"font: (?:bold )?[\d.]+px [^;]*;|font-family: [^;]*;", _font, value)
-
-
-def _font(found: re.Match[str]) -> str:
+    return re.sub("'DejaVu Sans'.* sans-serif", "system-ui, sans-serif", value)

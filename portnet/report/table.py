@@ -7,13 +7,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from portnet.lockin import Row, same_work, void
+from portnet.lockin import Row, same_work, spread, void
 from portnet.record import Record, Spec
 
 NOT_MEASURED = "not measured"
+THE_REFERENCE = "the reference"
 
 STYLES = {"works": "green", "partial": "yellow", "not available": "dim", "not measured": "dim"}
 """Of an outcome's word; every other outcome is a failure's."""
+
+
+def everything(rows: Sequence[Row]) -> list[Table]:
+    """All there is to print, in order."""
+    return [summary(rows), losses(rows)] if any(row.losses for row in rows) else [summary(rows)]
 
 
 def summary(rows: Sequence[Row]) -> Table:
@@ -36,7 +42,7 @@ def summary(rows: Sequence[Row]) -> Table:
                 Text(row.record.outcome, style=STYLES.get(row.record.outcome, "red")),
                 Text(speed(row, "train").replace(" quick", "\nquick")),
                 Text(speed(row, "infer").replace(" quick", "\nquick")),
-                Text(f"{share(row.parity)}\n{error(row.logits)}" if row.parity is not None else NOT_MEASURED),
+                Text(gate(row) if row.parity is None else f"{gate(row)}\n{error(row.logits)}"),
                 Text(f"{course(row)}\n{distance(row)}" if row.losses else NOT_MEASURED),
             )
     table.caption = _notes(rows)
@@ -107,15 +113,20 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def share(value: float | None) -> str:
-    """The share of the gate's allowance that was used."""
-    if value is None:
-        return NOT_MEASURED
-    if value > 1e100:
-        return "not finite"
-    if value >= 10:
-        return f"{value:,.0f} times" if value < 1e6 else f"{value:.0e} times"
-    return f"{100 * value:.0f}%" if value >= 0.01 or not value else f"{100 * value:.1g}%"
+def gate(row: Row) -> str:
+    """The share of the parity gate's allowance that was used."""
+    if row.parity is None:
+        return THE_REFERENCE if row.record.gates.get("parity", {}).get("oracle") else NOT_MEASURED
+    if row.parity >= 10:
+        return (
+            "not finite" if row.parity > 1e100 else f"{row.parity:,.0f} times" if row.parity < 1e6 else "over 1e6 times"
+        )
+    return f"{100 * row.parity:.0f}%" if row.parity >= 0.01 or not row.parity else f"{100 * row.parity:.1g}%"
+
+
+def logits(row: Row) -> str:
+    """The logits' relative error."""
+    return gate(row) if row.logits is None else error(row.logits)
 
 
 def error(value: float | None) -> str:
@@ -134,12 +145,16 @@ def course(row: Row) -> str:
 
 def distance(row: Row) -> str:
     """The largest distance of the loss from the reference's."""
-    return "the reference" if row.reference is row.record else error(row.loss_distance)
+    return THE_REFERENCE if row.reference is row.record else error(row.loss_distance)
 
 
 def plain(text: Any) -> str:
     """The text without control and formatting characters: a record can come from anyone, a terminal obeys them."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+    def shown(c: str) -> str:
+        return c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+
+    return "".join(map(shown, str(text)))
 
 
 def _notes(rows: Sequence[Row]) -> Text:
@@ -149,6 +164,9 @@ def _notes(rows: Sequence[Row]) -> Text:
         "tensor took. Logit error: relative, against the float64 reference. Loss: before the first step and the last. "
         "Distance: the largest, at any step, of the loss from the reference's, in nats.",
     ]
+    drifted = spread([row.record for row in rows])
+    if drifted is not None:
+        notes.append(f"Runs begun one rounding away from their siblings drift by up to {error(drifted)}: so do equals.")
     if any(row.spec.quick for row in rows):
         notes.append("quick: fewer samples than a figure to be quoted needs.")
     if len(same_work([row.record for row in rows])) > 1:
