@@ -121,7 +121,7 @@ def _curves(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
     ]
     if distances:
         drifted = drift([row.record for _, row in named])
-        ours = [plots.Curve(label="begun one rounding away", values=drifted, style=0)] if drifted else []
+        ours = [plots.Curve(label="runs one rounding apart", values=drifted, style=0)] if drifted else []
         made.append(
             Plot(
                 svg=Markup(plots.distances(distances, name=f"distances-{n}", drift=drifted)),

@@ -23,7 +23,8 @@ INK = "#010203"
 """Stands for `currentColor`, which Matplotlib has no word for."""
 COLOURS = ("#1f7fc0", "#d55e00", "#009e73", "#bf62a0", "#917300", "#3b95c9")
 """After Okabe and Ito, who chose them for colour-blind readers; darkened to contrast 3:1 with white and near-black."""
-DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 3)))
+DASHES = ((0, ()), (0, (4, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 3)))
+WIDTHS = (5.0, 2.6, 1.4)
 DRIFT = 0.12
 """Opacity of the area in which equals drift."""
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -98,7 +99,7 @@ def distances(curves: Sequence[Curve], *, name: str, drift: Sequence[float] = ()
     axes.set_yticks([zero, *decades], ["equal", *(f"10{str(d).translate(SUPERSCRIPT)}" for d in decades)])
     axes.set_ylim(zero - 0.06 * height, top + 0.03 * height)
     _label_steps(axes, curves, "|loss - reference|, nats")
-    _legend(figure, axes, curves, area="runs begun one rounding away: so far do equals drift" if drift else "")
+    _legend(figure, axes, curves, area="how far runs that begin one rounding apart drift" if drift else "")
     told = "; ".join(f"{c.label}: at most {max(c.values):.1e}" for c in curves if c.values)
     return _svg(figure, name, "Distance of the loss from the reference's", f"Before each training step. {told}.")
 
@@ -151,12 +152,12 @@ def _canvas(height: float, legend: int) -> tuple["Figure", "Axes"]:
 
 
 def _style(curve: Curve) -> dict[str, Any]:
-    """The first one broad and unbroken, the others narrower and dashed: where they coincide, all are seen."""
+    """The first one broad and unbroken, each later one narrower and dashed: where they coincide, all are seen."""
     n = curve.style
     return {
         "color": COLOURS[n % len(COLOURS)],
         "linestyle": DASHES[n % len(DASHES)],
-        "linewidth": 1.8 if n else 4.0,
+        "linewidth": WIDTHS[min(n, len(WIDTHS) - 1)],
         "marker": "o" if len(curve.values) == 1 else "",
     }
 

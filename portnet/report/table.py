@@ -166,7 +166,9 @@ def _notes(rows: Sequence[Row]) -> Text:
     ]
     drifted = spread([row.record for row in rows])
     if drifted is not None:
-        notes.append(f"Runs begun one rounding away from their siblings drift by up to {error(drifted)}: so do equals.")
+        notes.append(
+            f"Runs that begin one rounding apart drift by up to {error(drifted)}: a distance like that is no difference."
+        )
     if any(row.spec.quick for row in rows):
         notes.append("quick: fewer samples than a figure to be quoted needs.")
     if len(same_work([row.record for row in rows])) > 1:
