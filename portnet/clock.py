@@ -54,9 +54,8 @@ def work(
     """Steps of a mode that end in the one batch and in the other by turns, so that a stale value is a wrong one.
 
     Batches are images, labels and ids. Returns what issues steps, and what judges the value that the latest of them
-    gives. Training
-    runs at a rate so small that no weight moves, which leaves the right loss where it is; at none at all the velocity
-    would be zeros, on which a device may be faster than on numbers.
+    gives. Training runs at a rate so small that no weight moves, which leaves the right loss where it is; at none at
+    all the velocity would be zeros, on which a device may be faster than on numbers.
     """
     batches = [tuple(session.put(array) for array in batch) for batch in (first, last)]
 

@@ -124,9 +124,9 @@ def _measure(record: Record, backend: Backend, say: Say) -> Record:
     session.close()
     gates["clock"] = {mode: asdict(c) for mode, c in seen.items()}
     record = replace(record, gates=gates, samples=samples)
-    for mode, c in seen.items():
-        if not c.honest:
-            return replace(record, outcome="dishonest clock", reason=f"{mode}: {c}", samples={})
+    lies = [f"{mode}: {c}" for mode, c in seen.items() if not c.honest]
+    if lies:
+        return replace(record, outcome="dishonest clock", reason="; ".join(lies), samples={})
     return replace(record, outcome="works")
 
 

@@ -113,12 +113,12 @@ class AlexNet:
     def __call__(self, batch: Any) -> Any:
         """Logits ``(n, classes)`` for prepared images, float32 ``(n, 3, S, S)``; see `portnet.preprocess`.
 
-        NumPy in gives NumPy back, a torch tensor gives a float32 tensor on its device. Raises `InputError` for the
-        wrong shape or dtype, NaN or infinity.
+        NumPy in gives NumPy back, a torch tensor gives a tensor on its device; float32, or float64 where the session
+        computes in it. Raises `InputError` for the wrong shape or dtype, NaN or infinity.
         """
         torch = sys.modules.get("torch")
         tensor = torch is not None and isinstance(batch, torch.Tensor)
-        host = batch.detach().cpu().numpy() if tensor else batch
+        host = batch.detach().cpu() if tensor else batch
         host = training.check_images(self.graph, host, wide=self.settings.precision == "float64")
         logits = self.session.get(self.session.infer(self.session.put(host)))
         return torch.from_numpy(logits).to(batch.device) if torch is not None and tensor else logits
@@ -153,20 +153,26 @@ class AlexNet:
         """
         if "train" not in self.backend.modes:
             raise Unsupported(f"backend {self.backend.name} does not train, it only infers")
-        self._take_conventions(data)
         batches = training.training_batches(
             data,
             self.graph,
             seed=self.settings.seed,
             batch=batch,
-            epochs=epochs if epochs or steps else 1,
+            epochs=1 if epochs is None and steps is None else epochs,
             steps=steps,
             start=self.steps,
         )
+
+        def counted() -> Iterator[Batch]:
+            # One by one: an interruption must not make the next call repeat what the weights have already seen, nor
+            # data that cannot be trained on change how pictures are read.
+            for made in batches:
+                self._take_conventions(data)
+                yield made
+                self.steps += 1
+
         rate = self.graph.recipe.learning_rate if learning_rate is None else learning_rate
-        losses = training.fit(self.session, batches, learning_rate=rate, start=self.steps, on_step=on_step)
-        self.steps += len(losses)
-        return losses
+        return training.fit(self.session, counted(), learning_rate=rate, start=self.steps, on_step=on_step)
 
     def evaluate(
         self, data: Data, *, batch: int = 64, views: int = 1, on_batch: Callable[[int], None] | None = None
@@ -183,11 +189,14 @@ class AlexNet:
         Classes are named as in the data set trained on, or by number. Raises `PictureError` for a file that is no
         picture and `InputError` for an array that is none.
         """
+        if top < 1:
+            raise InputError(f"top must be at least 1, got {top}")
         pixels = picture if isinstance(picture, np.ndarray) else images.read_picture(picture)
         logits = self(images.preprocess([pixels], self.graph, whole=self.whole))[0].astype(np.float64)
         p = np.exp(logits - logits.max())
         p /= p.sum()
-        names = self.class_names or tuple(map(str, range(self.graph.classes)))
+        # A network may have more classes than the data set had names for.
+        names = dict(enumerate(map(str, range(self.graph.classes)))) | dict(enumerate(self.class_names or ()))
         return [(names[i], float(p[i])) for i in np.argsort(-p, kind="stable")[:top]]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
