@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from portnet import alexnet, images, onnx_export, parity, plugins, training, wei
 from portnet.contract import Array, Device, Settings
 from portnet.errors import ExportError, InputError, Unavailable, Unsupported
 from portnet.graph import Graph
-from portnet.images import DataSet, Splits
+from portnet.images import Batch, DataSet, Splits
 from portnet.training import Data, Evaluation
 
 EXPORT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
@@ -153,6 +153,7 @@ class AlexNet:
         """
         if "train" not in self.backend.modes:
             raise Unsupported(f"backend {self.backend.name} does not train, it only infers")
+        split = data.train if isinstance(data, Splits) else data
         batches = training.training_batches(
             data,
             self.graph,
@@ -164,10 +165,11 @@ class AlexNet:
         )
 
         def counted() -> Iterator[Batch]:
-            # One by one: an interruption must not make the next call repeat what the weights have already seen, nor
-            # data that cannot be trained on change how pictures are read.
+            # As they are made: after an interruption the next call must not repeat what the weights have seen, and
+            # data that cannot be trained on must not change how pictures are read.
             for made in batches:
-                self._take_conventions(data)
+                if isinstance(split, DataSet):
+                    self.class_names, self.whole = split.class_names, split.whole
                 yield made
                 self.steps += 1
 
@@ -234,17 +236,6 @@ class AlexNet:
     def summary(self) -> str:
         """Layers, output shapes, parameters and multiply-accumulates, as a table."""
         return self.graph.summary()
-
-    def _take_conventions(self, data: Data) -> None:
-        if isinstance(data, tuple):
-            return
-        split: DataSet = data.train if isinstance(data, Splits) else data
-        if len(split.class_names) > self.graph.classes:
-            raise InputError(
-                f"{split.name} has {len(split.class_names)} classes and the network {self.graph.classes}; "
-                f"ask for classes={len(split.class_names)}"
-            )
-        self.class_names, self.whole = split.class_names, split.whole
 
 
 def _seed(seed: int) -> int:

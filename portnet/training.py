@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, log
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,8 +36,8 @@ def check_images(graph: Graph, value: Any, *, wide: bool = False) -> Array:
 
     `wide` admits float64, for sessions that compute in it.
     """
-    array = np.asarray(value)
     shape = f"(n, {', '.join(map(str, graph.input))})"
+    array = _array(value, f"images must be float32 {shape}")
     if array.dtype != np.float32 and not (wide and array.dtype == np.float64):
         raise InputError(
             f"images must be float32 {shape}, normalised, got dtype {array.dtype}; "
@@ -52,7 +52,7 @@ def check_images(graph: Graph, value: Any, *, wide: bool = False) -> Array:
 
 def check_labels(graph: Graph, value: Any, count: int) -> Array:
     """`value` as the labels a session takes: int64 ``(count,)`` in ``[0, classes)``. Raises `InputError`."""
-    array = np.asarray(value)
+    array = _array(value, f"labels must be integers of shape ({count},)")
     if array.dtype.kind not in "iu" or array.shape != (count,):
         raise InputError(f"labels must be integers of shape ({count},), got {array.dtype} of shape {array.shape}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < graph.classes:
@@ -61,6 +61,27 @@ def check_labels(graph: Graph, value: Any, count: int) -> Array:
             f"got {int(array.min())} to {int(array.max())}"
         )
     return array.astype(np.int64)
+
+
+def _array(value: Any, expected: str) -> Array:
+    try:
+        return np.asarray(value)
+    # What NumPy raises for ragged lists, and torch for tensors that NumPy has no counterpart of.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{expected}, got what is no array ({error})") from None
+
+
+def _check_data(data: Any) -> None:
+    if not (isinstance(data, DataSet | Splits) or (isinstance(data, tuple) and len(data) == 2)):
+        raise InputError(
+            "data must be a data set, as portnet.load_data gives it, or a pair (images, labels), "
+            f"got {type(data).__name__}{f' of {len(data)}' if isinstance(data, tuple) else ''}"
+        )
+
+
+def _check_at_least_1(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def training_batches(
@@ -78,8 +99,8 @@ def training_batches(
     Ends after `epochs`, or after `steps` batches; one of them must be given.
     """
     for name, value in (("epochs", epochs), ("steps", steps), ("batch", batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            _check_at_least_1(name, value)
     if (epochs is None) == (steps is None):
         raise InputError("give either epochs or steps")
     one_epoch = _epochs(data, graph, seed, batch)
@@ -95,6 +116,7 @@ def training_batches(
 
 def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Callable[[int], Iterator[Batch]]]:
     """Batches in an epoch, and a function from an epoch's number to them."""
+    _check_data(data)
     if isinstance(data, tuple):
         pictures = check_images(graph, data[0])
         labels = check_labels(graph, data[1], len(pictures))
@@ -126,10 +148,13 @@ def fit(
     start: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train on each batch in turn; the loss before each step. Raises `Diverged` where it is no finite number.
+    """Train on each batch in turn; the loss before each step.
 
-    `start` is the number of steps taken before. Losses are fetched one step late, so that a device is kept busy.
+    `start` is the number of steps taken before. Losses are fetched one step late, so that a device is kept busy. Raises
+    `Diverged` where a loss is no finite number, and `InputError` for a learning rate that is none.
     """
+    if not 0 <= learning_rate < inf:
+        raise InputError(f"the learning rate must be a finite number of at least 0, got {learning_rate}")
     losses: list[float] = []
 
     def fetch(value: Any) -> None:
@@ -160,7 +185,12 @@ def evaluate(
     views: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Classify every picture once, or as the mean of the softmax over the paper's ten views (`views` = 10)."""
+    """Classify every picture once, or by the mean of the softmax over the paper's ten views (`views` = 10).
+
+    A class counts as ranked below those of the same probability. Raises `InputError` for unfit or no data.
+    """
+    _check_data(data)
+    _check_at_least_1("batch", batch)
     if views not in (1, 10):
         raise InputError(f"views must be 1 (centre) or 10 (corners, centre and their mirrors), got {views}")
     if views == 10 and (isinstance(data, tuple) or _test_split(data).whole):
@@ -169,12 +199,15 @@ def evaluate(
     loss = 0.0
     for images_, labels in _evaluation_batches(graph, data, max(1, batch // views), views):
         logits = session.get(session.infer(session.put(images_))).astype(np.float64)
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        p = (shifted / shifted.sum(axis=1, keepdims=True)).reshape(len(labels), views, -1).mean(axis=1)
-        rows = np.arange(len(labels))
-        loss -= float(np.log(np.maximum(p[rows, labels], 1e-300)).sum())
-        # Ranked with those above, so that a tie is not a hit by luck; NaN is above nothing and beaten by nothing.
-        above = (p >= p[rows, labels][:, None]).sum(axis=1)
+        with np.errstate(invalid="ignore"):  # infinite logits give NaN, which is a miss
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            # Logarithms throughout: probabilities below 1e-308 would all be 0, and tie.
+            log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+            log_p = np.logaddexp.reduce(log_softmax.reshape(len(labels), views, -1), axis=1) - log(views)
+        own = log_p[np.arange(len(labels)), labels]
+        loss -= float(own.sum())
+        # So that a tie is not a hit by luck; NaN is above nothing and beaten by nothing.
+        above = (log_p >= own[:, None]).sum(axis=1)
         right1 += int((above == 1).sum())
         right5 += int(((above >= 1) & (above <= 5)).sum())
         count += len(labels)
@@ -201,6 +234,7 @@ def _evaluation_batches(graph: Graph, data: Data, batch: int, views: int) -> Ite
         for b in images.evaluation_batches(split, graph, batch=batch):
             yield b.images, b.labels
         return
+    check_labels(graph, split.labels, len(split))
     for i in range(0, len(split), batch):
         places = range(i, min(i + batch, len(split)))
         views_ = images.ten_views([split.read(j) for j in places], graph)
