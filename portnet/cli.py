@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,8 +243,13 @@ def train(
     as_json: bool,
 ) -> None:
     """Train on a data set and report the accuracy on its test split."""
+    from portnet.training import Diverged
+
     if steps and epochs:
         raise click.UsageError("give --steps or --epochs, not both")
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        # Now, not when the training is done and would be lost.
+        raise click.UsageError(f"--save {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
     built_in = data in ("digits", "synthetic")
     if not (steps or epochs):
         steps, epochs = (210, None) if built_in else (None, 90)
@@ -262,10 +268,12 @@ def train(
     total = steps or len(splits.train) // batch * (epochs or 0)
     with _progress(total=total, quiet=as_json) as (_, advance):
         losses = net.fit(
-            splits, steps=total, batch=batch, learning_rate=learning_rate,
+            splits, steps=steps, epochs=epochs, batch=batch, learning_rate=learning_rate,
             on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
         )  # fmt: skip
     result = net.evaluate(splits)
+    if not isfinite(result.loss):
+        raise Diverged(f"the loss on the test split is {result.loss} after training; try a lower learning rate")
     if path:
         net.save(path)
     if as_json:
