@@ -170,8 +170,8 @@ class AlexNet:
             for made in batches:
                 if isinstance(split, DataSet):
                     self.class_names, self.whole = split.class_names, split.whole
-                yield made
                 self.steps += 1
+                yield made
 
         rate = self.graph.recipe.learning_rate if learning_rate is None else learning_rate
         return training.fit(self.session, counted(), learning_rate=rate, start=self.steps, on_step=on_step)

@@ -47,7 +47,8 @@ def check_images(graph: Graph, value: Any, *, wide: bool = False) -> Array:
         raise InputError(f"images must have shape {shape} with n of at least 1, got {array.shape}")
     if not np.isfinite(array).all():
         raise InputError("images hold NaN or infinity")
-    return array
+    # torch takes no array that runs backwards, such as a mirrored one.
+    return np.ascontiguousarray(array)
 
 
 def check_labels(graph: Graph, value: Any, count: int) -> Array:
