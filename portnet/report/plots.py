@@ -64,8 +64,7 @@ def losses(curves: Sequence[Curve], *, name: str) -> str:
     """The curves laid over each other; `name` goes before every id."""
     figure, axes = _canvas(300, len(curves))
     for curve in curves:
-        steps = range(1, len(curve.values) + 1)
-        axes.plot(steps, [v if math.isfinite(v) else math.nan for v in curve.values], **_style(curve))
+        _draw(axes, curve, curve.values)
     _label_steps(axes, curves, "loss, nats")
     _legend(figure, axes, curves)
     told = "; ".join(f"{c.label}: {c.values[0]:.3f} to {c.values[-1]:.3f}" for c in curves if c.values)
@@ -88,10 +87,8 @@ def distances(curves: Sequence[Curve], *, name: str, drift: Sequence[float] = ()
         levels = [math.log10(v) if 0 < v < math.inf else zero for v in drift]
         axes.fill_between(range(1, len(levels) + 1), levels, zero - height, color=INK, alpha=DRIFT, linewidth=0)
     for n, curve in enumerate(curves):
-        steps = range(1, len(curve.values) + 1)
-        logs = [math.log10(v) if 0 < v < math.inf else math.nan for v in curve.values]
-        axes.plot(steps, logs, **_style(curve))
-        equal = [step for step, v in zip(steps, curve.values, strict=True) if v == 0]
+        _draw(axes, curve, [math.log10(v) if 0 < v < math.inf else math.nan for v in curve.values])
+        equal = [step for step, v in enumerate(curve.values, 1) if v == 0]
         # Side by side, or the last one would hide the others.
         level = zero + 0.08 * height * (0.5 - (n + 0.5) / len(curves))
         axes.plot(equal, [level] * len(equal), "|", color=_style(curve)["color"], markersize=5)
@@ -158,8 +155,15 @@ def _style(curve: Curve) -> dict[str, Any]:
         "color": COLOURS[n % len(COLOURS)],
         "linestyle": DASHES[n % len(DASHES)],
         "linewidth": WIDTHS[min(n, len(WIDTHS) - 1)],
-        "marker": "o" if len(curve.values) == 1 else "",
     }
+
+
+def _draw(axes: "Axes", curve: Curve, values: Sequence[float]) -> None:
+    known = [math.isfinite(v) for v in values]
+    # A point with no neighbour has no line to be seen by.
+    lone = [i for i, here in enumerate(known) if here and not any(known[max(i - 1, 0) : i] + known[i + 1 : i + 2])]
+    points = [v if here else math.nan for v, here in zip(values, known, strict=True)]
+    axes.plot(range(1, len(points) + 1), points, marker="o", markersize=4, markevery=lone, **_style(curve))
 
 
 def _label_steps(axes: "Axes", curves: Sequence[Curve], quantity: str) -> None:
@@ -168,7 +172,7 @@ def _label_steps(axes: "Axes", curves: Sequence[Curve], quantity: str) -> None:
     axes.set_xlabel("before training step", color=INK)
     axes.set_ylabel(quantity, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_xlim(0.5, 1.02 * max((len(curve.values) for curve in curves), default=1) + 0.5)
+    axes.set_xlim(0.5, 1.02 * max([1, *(len(curve.values) for curve in curves)]) + 0.5)
 
 
 def _text(axes: "Axes", x: float, y: float, text: str, **how: Any) -> None:

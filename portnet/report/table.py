@@ -166,9 +166,8 @@ def _notes(rows: Sequence[Row]) -> Text:
     ]
     drifted = spread([row.record for row in rows])
     if drifted is not None:
-        notes.append(
-            f"Runs that begin one rounding apart drift by up to {error(drifted)}: a distance like that is no difference."
-        )
+        apart = f"Runs that begin one rounding apart drift by up to {error(drifted)}"
+        notes.append(f"{apart}: a distance like that is no difference.")
     if any(row.spec.quick for row in rows):
         notes.append("quick: fewer samples than a figure to be quoted needs.")
     if len(same_work([row.record for row in rows])) > 1:
