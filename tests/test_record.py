@@ -126,6 +126,7 @@ def test_one_record_in_two_folders_counts_once(tmp_path: Path) -> None:
         pytest.param(held(device=[]), "device must be dict", id="device is a list"),
         pytest.param(held(training={"losses": 3.0}), "must be list, got 3.0", id="one loss"),
         pytest.param(held(training={"losses": ["2.3"]}), "finite numbers, got '2.3'", id="loss is text"),
+        pytest.param(held(training={"losses": [True]}), "finite numbers, got True", id="loss is true"),
         pytest.param(held(training={"losses": [float("nan")]}), "finite numbers, got nan", id="loss is NaN"),
         pytest.param(held(training={"losses": [10**400]}), "is no record: OverflowError", id="loss beyond floats"),
         pytest.param(held(training={"losses": [1.0], "perturbed": [[]]}), "equally long", id="a short perturbed run"),
@@ -176,6 +177,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
             files.write_atomically(path, b"second", InputError)
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"], "nothing half-written is left behind"
+
+
+def test_whoever_has_a_file_open_keeps_what_it_held(tmp_path: Path) -> None:
+    path = files.write_atomically(tmp_path / "page.html", b"first", InputError)
+    with path.open("rb") as reader:
+        files.write_atomically(path, b"second", InputError)
+        assert reader.read() == b"first"
+    assert path.read_bytes() == b"second"
 
 
 def test_where_a_file_cannot_be(tmp_path: Path) -> None:

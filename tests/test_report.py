@@ -269,6 +269,13 @@ def test_different_work_is_not_laid_over_each_other() -> None:
     assert "Not all stacks were given the same work" in printed(table.summary(lockin.rows([CPU, bigger])), 200)
 
 
+def test_the_reference_has_no_distance_from_itself() -> None:
+    by_step = [row for row in taken_apart(ALL).rows if row[0] in ("Step", "2")]
+    assert by_step[2:4] == [["Step", "cpu/eager/float32"], ["2", "1.00e-05"]]
+    assert by_step[:2] == [["Step", "reference/eager/float64", "cpu/eager/float32"], ["2", "1.5", "1.50001"]]
+    assert len(taken_apart([REFERENCE]).all("svg")) == 2
+
+
 def test_how_far_equals_drift_is_told() -> None:
     perturbed = replace(CPU, training={**CPU.training, "perturbed": [[2.3, 1.50001, 0.7625]]})
     for told in (page.render([REFERENCE, perturbed]), printed(table.summary(lockin.rows([REFERENCE, perturbed])))):
