@@ -130,6 +130,14 @@ def test_any_other_mask_compares_words(p):
     assert philox.keep_mask(8, 0, [4], 6, 100, p)[0].tolist() == [int(word) / 2**32 >= p for word in words]
 
 
+def test_a_word_at_the_bound_is_kept():
+    word = int(philox.words(8, Stream.DROPOUT, [4], 6, 1)[0, 0])
+    for p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+        assert philox.drop_below(p) == word + (not kept)
+        assert philox.keep_mask(8, 0, [4], 6, 1, p).tolist() == [[kept]]
+        assert torch_philox.keep_mask(8, 0, torch.tensor([4]), 6, 1, p).tolist() == [[kept]]
+
+
 def test_dropping_nothing_keeps_all():
     assert philox.drop_below(0.0) == 0
     assert philox.keep_mask(1, 0, range(50), 0, 1000, 0.0).all()
@@ -267,6 +275,15 @@ def test_normal_moments():
     assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
     assert abs((z**3).mean()) < 4 * math.sqrt(15 / n)
     assert abs((z**4).mean() - 3) < 4 * math.sqrt(96 / n)
+
+
+def test_the_bits_of_normals():
+    """In float64, before rounding to float32 can hide a difference."""
+    values = philox.normal(np.concatenate([borders(), philox.words(2012, 0, [0], 0, 50_000)[0]]))
+    assert (
+        hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()
+        == "af29343a3d3d8aa2c5dbdf3d1feebb5c0925d999342f5760e710674a43e6ff61"
+    )
 
 
 def test_the_bits_of_initial_weights():

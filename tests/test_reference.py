@@ -630,6 +630,29 @@ def test_narrow_gradients_are_rounded_too(precision):
     np.testing.assert_array_equal(rounded(gradient), gradient)
 
 
+@pytest.mark.parametrize(
+    ("precision", "rounded"), [("bfloat16", round_bfloat16), ("float16", round_float16)], ids=["bf16", "fp16"]
+)
+def test_narrow_values_are_rounded_between_layers(precision, rounded):
+    """On the way in and on the way back: here a dropout, which scales by 1 / 0.7, lies between."""
+    graph = chain(
+        Linear(name="one", in_features=30, out_features=200),
+        Dropout(name="drop", p=0.3, inverted=True),
+        Linear(name="fc", in_features=200, out_features=CLASSES),
+        shape=(30,),
+    )
+    images, labels = batch(graph, count=1)
+    s = session(graph, precision=precision)
+    mask = np.ones((1, 200), bool)
+    gradients = s.trace(images, labels, {"drop": mask}).gradients
+    back = rounded(gradients["fc.bias"] @ rounded(s.parameters["fc.weight"]))
+    np.testing.assert_array_equal(gradients["one.bias"], rounded(back * np.float32(1 / 0.7)))
+    # The input is stored like any other layer's.
+    ahead = chain(Dropout(name="drop", p=0.3), Linear(name="fc", in_features=30, out_features=2), shape=(30,))
+    found = session(ahead, precision=precision).trace(images).layers["drop"]
+    np.testing.assert_array_equal(found, rounded(rounded(images) * np.float32(0.7)))
+
+
 # The backend.
 
 
