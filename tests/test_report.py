@@ -51,6 +51,7 @@ def measured(backend: str, *losses: float, **changed: object) -> Record:
 REFERENCE = measured("reference", 2.3, 1.5, 0.75, gates={"parity": {"oracle": True, "findings": []}})
 CPU = measured("cpu", 2.3, 1.50001, 0.7505)
 INFERS = measured("onnxruntime", samples={"infer": CPU.samples["infer"]})
+LONG = measured("onnxruntime-openvino", samples={"infer": CPU.samples["infer"]})
 WRONG = measured("cpu", spec=replace(CPU.spec, precision="bfloat16"), outcome="wrong", reason="norm1 is off")
 ABSENT = Record(
     spec=Spec(backend="cuda"), outcome="not available", reason="torch has no CUDA", remedy="install one that has"
@@ -122,7 +123,14 @@ def test_page_is_well_formed_and_reads_in_order() -> None:
         Counter({"html": 1, "head": 1, "body": 1, "main": 1, "h1": 1, "title": 1})
     )
     text = " ".join("".join(found.text).split())
-    order = ["PortNet: 5 stacks compared", "caffe at 227 × 227 pixels, batch 16", "digits", "seed 0", "Outcomes"]
+    order = [
+        "PortNet: 4 stacks compared",
+        "caffe at 227 × 227 pixels, batch 16",
+        "digits",
+        "seed 0",
+        "1 more is not",
+        "Outcomes",
+    ]
     order += ["quick", "no statement about other hardware", "Loss and speed", "Loss by step", "torch has no CUDA"]
     order += ["Remedy: install one that has", "Some Processor 9000", "8.0 GiB", "2026-01-02T03:04:05", CPU.digest]
     at = 0
@@ -250,6 +258,10 @@ def test_records_that_could_not_be_used_are_named() -> None:
     assert "could not be used" not in "".join(taken_apart(ALL).text)
 
 
+def test_what_was_measured_comes_first() -> None:
+    assert list(taken_apart([ABSENT, CPU]).outcomes())[-1] == "cuda/eager/float32"
+
+
 def test_nothing_but_absent_backends() -> None:
     found = taken_apart([ABSENT])
     assert not found.all("svg")
@@ -297,7 +309,10 @@ def test_names_tell_records_apart() -> None:
     again = replace(CPU, environment={"date": "later"})
     assert named(CPU, again) == [f"cpu/eager/float32, {r.digest[:8]}" for r in (CPU, again)]
     bigger = replace(CPU, spec=replace(CPU.spec, batch=64))
-    assert "batch 64" in named(CPU, bigger)[1]
+    assert named(CPU, bigger) == ["cpu/eager/float32, batch 16", "cpu/eager/float32, batch 64"]
+    assert named(CPU, ABSENT, replace(bigger, spec=replace(bigger.spec, seed=1)))[1:] == [
+        "cuda/eager/float32", "cpu/eager/float32, seed 1, batch 64",
+    ]  # fmt: skip
     assert len(set(named(CPU, again, bigger, elsewhere))) == 4
 
 
@@ -361,6 +376,17 @@ def test_losses_by_step() -> None:
     assert "onnxruntime" not in text
     gaps = {int(b[0]) - int(a[0]) for a, b in pairwise(steps)}
     assert gaps <= {7, 8}
+
+
+def test_losses_of_many_stacks_fit_80_columns() -> None:
+    names = ("onnxruntime", "accelerator", "cuda", "rocm", "xpu", "mps", "cpu")
+    records = [measured(name, *[12.5 - n / 10 for n in range(60)]) for name in names]
+    for count in range(1, len(records) + 1):
+        text = printed(table.losses(lockin.rows(records[:count])))
+        assert max(map(len, text.splitlines())) <= 80
+        assert len(re.findall(r"\b12\.5000\b", text)) == count, "no figure is broken in two"
+        assert len(re.findall(r"\b6\.6000\b", text)) == count
+        assert "…" not in text
 
 
 def test_a_training_that_stopped_early() -> None:

@@ -68,9 +68,13 @@ def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) 
     )
     environment.filters["breakable"] = _breakable
     figures = rows(records)
-    named = list(zip(table.labels(figures), figures, strict=True))
+    # What was measured comes first.
+    named = sorted(zip(table.labels(figures), figures, strict=True), key=lambda pair: _absent(pair[1].record))
+    absent = sum(map(_absent, records))
+    present = len(records) - absent
     return environment.get_template("compare.html.jinja").render(
-        title=f"PortNet: {len(records)} stack{'s' * (len(records) != 1)} compared",
+        title=f"PortNet: {present} stack{'s' * (present != 1)} compared",
+        absent=absent,
         works=_works(named),
         start=_start(records),
         named=named,
@@ -87,6 +91,10 @@ def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) 
 def write(records: Sequence[Record], path: str | os.PathLike[str], problems: Sequence[Exception | str] = ()) -> Path:
     """Write the page to a file, whole or not at all; returns its path. Raises `RecordError`."""
     return write_atomically(path, render(records, problems).encode(), RecordError)
+
+
+def _absent(record: Record) -> bool:
+    return record.outcome == "not available"
 
 
 def _works(named: Sequence[tuple[str, Row]]) -> list[Work]:
@@ -135,7 +143,7 @@ def _curves(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
 
 def _speeds(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
     """Images per second of every stack whose device is there."""
-    present = [(label, row) for label, row in named if row.record.outcome != "not available"]
+    present = [(label, row) for label, row in named if not _absent(row.record)]
     if not present:
         return []
     bars, data = [], []

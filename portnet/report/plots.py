@@ -171,7 +171,7 @@ def _label_steps(axes: "Axes", curves: Sequence[Curve], quantity: str) -> None:
 
     axes.set_xlabel("before training step", color=INK)
     axes.set_ylabel(quantity, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlim(0.5, 1.02 * max([1, *(len(curve.values) for curve in curves)]) + 0.5)
 
 

@@ -7,12 +7,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from portnet.lockin import Row, same_work, spread, void
+from portnet.lockin import WORK, Row, same_work, spread, void
 from portnet.record import Record, Spec
 
 NOT_MEASURED = "not measured"
 THE_REFERENCE = "the reference"
 
+SIDE_BY_SIDE = 5
+"""Stacks whose losses fit beside each other in 80 columns."""
 STYLES = {"works": "green", "partial": "yellow", "not available": "dim", "not measured": "dim"}
 """Of an outcome's word; every other outcome is a failure's."""
 
@@ -38,7 +40,7 @@ def summary(rows: Sequence[Row]) -> Table:
     for label, row in zip(labels(rows), rows, strict=True):
         if row.record.outcome != "not available":
             table.add_row(
-                Text(f"{label}\n").append(device(row.record), style="dim"),
+                Text(f"{_broken(label, 26)}\n").append(device(row.record), style="dim"),
                 Text(row.record.outcome, style=STYLES.get(row.record.outcome, "red")),
                 Text(speed(row, "train").replace(" quick", "\nquick")),
                 Text(speed(row, "infer").replace(" quick", "\nquick")),
@@ -51,16 +53,31 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def losses(rows: Sequence[Row], at_most: int = 12) -> Table:
-    """The loss before each step, a column for each stack that trained, at evenly spaced steps with both ends."""
-    named = [(label, row) for label, row in zip(labels(rows), rows, strict=True) if row.losses]
+    """The loss before each step, a column for each stack that trained, at evenly spaced steps with both ends.
+
+    More stacks than fit side by side have a row each, and half as many steps.
+    """
+    named = [(label, row.losses) for label, row in zip(labels(rows), rows, strict=True) if row.losses]
+    tall = len(named) > SIDE_BY_SIDE
+    steps = spaced(max((len(values) for _, values in named), default=0), at_most // 2 if tall else at_most)
     table = _table()
+    if tall:
+        table.add_column("Loss before step", overflow="fold")
+        for step in steps:
+            table.add_column(str(step + 1), justify="right", min_width=8)
+        for label, values in named:
+            table.add_row(Text(label), *(Text(_loss(values, step)) for step in steps))
+        return table
     table.add_column("Loss\nbefore step", justify="right", width=11)
     for label, _ in named:
         table.add_column(Text(label.replace("/", "/\n").replace(" (", "\n(")), justify="right", overflow="fold")
-    for step in spaced(max((len(row.losses) for _, row in named), default=0), at_most):
-        cells = [f"{row.losses[step]:.4f}" if step < len(row.losses) else NOT_MEASURED for _, row in named]
-        table.add_row(Text(str(step + 1)), *map(Text, cells))
+    for step in steps:
+        table.add_row(Text(str(step + 1)), *(Text(_loss(values, step)) for _, values in named))
     return table
+
+
+def _loss(values: Sequence[float], step: int) -> str:
+    return f"{values[step]:.4f}" if step < len(values) else NOT_MEASURED
 
 
 def _table() -> Table:
@@ -76,7 +93,12 @@ def spaced(count: int, at_most: int) -> list[int]:
 def labels(rows: Sequence[Row]) -> list[str]:
     """A name for each row: its stack, and as much more as tells it from others of the same stack."""
     names = [plain(row.spec.stack) for row in rows]
-    tells: list[Callable[[Record], str]] = [device, lambda r: work(r.spec), lambda r: r.digest[:8]]
+    varied = [k for k in WORK if len({getattr(row.spec, k) for row in rows}) > 1]
+
+    def own_work(record: Record) -> str:
+        return plain(", ".join(f"{k.replace('_', ' ')} {getattr(record.spec, k)}" for k in varied))
+
+    tells: list[Callable[[Record], str]] = [own_work, device, lambda record: record.digest[:8]]
     for tell in tells:
         told = [tell(row.record) for row in rows]
         names = [
@@ -97,7 +119,8 @@ def work(spec: Spec) -> str:
 
 def device(record: Record) -> str:
     """The device's name."""
-    return plain(str(record.device.get("name") or "unknown device"))
+    missing = "no device" if record.outcome == "not available" else "unknown device"
+    return plain(record.device.get("name") or missing)
 
 
 def speed(row: Row, mode: str) -> str:
@@ -155,6 +178,12 @@ def plain(text: Any) -> str:
         return c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
 
     return "".join(map(shown, str(text)))
+
+
+def _broken(label: str, width: int) -> str:
+    """The label, broken after its last slash if it is wider: a precision cut in two is hard to read."""
+    start, slash, end = label.rpartition("/")
+    return f"{start}{slash}\n{end}" if len(label.partition(" ")[0]) > width else label
 
 
 def _notes(rows: Sequence[Row]) -> Text:
