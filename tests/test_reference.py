@@ -211,6 +211,13 @@ def test_masks_are_those_of_the_seed_ids_and_step():
     assert not (twins["one"] == twins["two"]).all(axis=1).any()
 
 
+def test_without_labels_no_mask_is_used():
+    graph = network(Flatten(name="x"), Dropout(name="drop"))
+    images, _ = batch(graph)
+    s = session(graph)
+    np.testing.assert_array_equal(s.trace(images, masks=s.masks(np.arange(2), step=0)).logits, s.trace(images).logits)
+
+
 @pytest.mark.parametrize("inverted", [False, True])
 def test_dropout_masks_in_training_only(inverted):
     graph = chain(
@@ -367,6 +374,7 @@ def test_pooling_contests_within_rounding_go_to_the_runner_up():
     beyond = [1.0, 0.0, 1 - 1.1 * close, -2.0]
     assert pool_gradient(beyond, near) == [0]
     assert pool_gradient([1.0, 1.0, 0.0, -2.0], near) == [1]  # a tie: the second of the two
+    assert pool_gradient([-2.0, -1.0, -9.0, -1 - 0.9 * close], near) == [3]  # all below zero
     assert pool_gradient(within, Resolve(errors={"pool": 1.0}, side=1)) == [0]
 
 
