@@ -21,15 +21,20 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, error: type[P
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as failure:
         raise error(f"cannot write {path}: {failure}") from failure
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself last; only POSIX systems let a folder be opened for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

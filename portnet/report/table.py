@@ -204,7 +204,6 @@ def _notes(rows: Sequence[Row]) -> Text:
     found = Text("\n" + "\n".join(notes))
     for label, row in zip(labels(rows), rows, strict=True):
         if row.record.reason or row.record.outcome == "not available":
-            found.append(f"\n\n{label}: {row.record.outcome}", style="bold")
-            for name, text in (("reason", row.record.reason), ("remedy", row.record.remedy)):
-                found.append(f"\n{name}: {plain(text)}" if text else "")
+            found.append(f"\n{label}: {row.record.outcome}. ", style="bold")
+            found.append("; ".join(plain(text) for text in (row.record.reason, row.record.remedy) if text))
     return found
