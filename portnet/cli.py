@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import portnet
-from portnet import plugins
+from portnet import host, plugins
 from portnet.contract import PRECISIONS
 from portnet.errors import InputError, PictureError, PluginError, PortNetError, RecordError, Unavailable, WeightsError
 
@@ -250,6 +250,7 @@ def train(
     """Train on a data set and report the accuracy on its test split."""
     from portnet.training import Diverged
 
+    host.keep_freed_memory()
     if steps and epochs:
         raise click.UsageError("give --steps or --epochs, not both")
     if path and (path.is_dir() or not path.parent.is_dir()):

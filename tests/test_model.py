@@ -82,6 +82,12 @@ def batch(count=4, size=35, seed=0):
 LABELS = np.array([3, 1, 0, 9])
 
 
+def assert_close(values, expected):
+    """Bit for bit on the processor. Elsewhere torch's own default for convolutions may be TF32."""
+    atol = 0 if BACKEND == "cpu" else 5e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(values, expected, rtol=0, atol=atol)
+
+
 def colours(count=12, **options):
     """Pictures of one colour each under noise; the colour is the class."""
     labels = np.arange(count) % 3
@@ -273,7 +279,7 @@ def test_the_module_computes_what_the_session_does():
     given = torch.tensor(batch(), device=net.module.conv1.weight.device)
     net.module.eval()
     with torch.no_grad():
-        np.testing.assert_array_equal(net.module(given).cpu().numpy(), net(batch()))
+        assert_close(net.module(given).cpu().numpy(), net(batch()))
     # A pass of the module's in training is another thing: it drops.
     net.module.train()
     assert not np.array_equal(net.module(given).detach().cpu().numpy(), net(batch()))
@@ -289,7 +295,7 @@ def test_the_module_shares_the_sessions_weights():
     assert not np.array_equal(before, after)
     module.eval()
     with torch.no_grad():
-        np.testing.assert_array_equal(module(given).cpu().numpy(), after)
+        assert_close(module(given).cpu().numpy(), after)
     # And what torch's own optimiser does, the session sees.
     module(given).sum().backward()
     torch.optim.SGD(module.parameters(), lr=1e-3).step()
@@ -443,9 +449,10 @@ def test_fitting_twice_is_fitting_once_for_longer(backend, data):
     assert twice.steps == 4
     losses += twice.fit(data, steps=4, batch=4)
     assert twice.steps == 8
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    # Some devices sum gradients in an order of the moment.
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
     for name, value in once.weights().items():
-        np.testing.assert_allclose(twice.weights()[name], value, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(twice.weights()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_epochs_and_their_default():
