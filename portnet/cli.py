@@ -141,7 +141,7 @@ def compare(
     record in --out, beside a page with the loss curves. Exit status 1 if a backend that was asked for by name is not
     available or a measurement failed.
     """
-    from portnet import alexnet, launch, lockin, measure, record
+    from portnet import alexnet, launch, lockin, measure, parity, record
     from portnet.report import page, table
 
     graph = alexnet.graph(preset, classes=10)
@@ -160,7 +160,7 @@ def compare(
             continue
         ours = measure.specs(backend, spec)
         # Whichever stack trains first shows how far runs of equals drift.
-        if "train" in backend.modes and not hasattr(backend, "oracle") and not any(s.perturbed for s in todo):
+        if "train" in backend.modes and not parity.is_oracle(backend) and not any(s.perturbed for s in todo):
             ours[0] = replace(ours[0], perturbed=3)
         todo += ours
     for missing in made:
@@ -385,7 +385,7 @@ def _progress(total: int, *, quiet: bool = False) -> Iterator[tuple[Callable[[st
             nonlocal done
             done += 1
             # A tenth at a time: a log of a long run stays short.
-            if not quiet and (total < 20 or done % max(1, total // 10) == 0 or done == total):
+            if not quiet and (done % max(1, total // 10) == 0 or done == total):
                 click.echo(f"[{done}/{total}] {text}", err=True)
 
         yield lambda text: None, advance

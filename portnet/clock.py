@@ -89,14 +89,21 @@ def steps_for(session: Session, run: Run, seconds: float) -> tuple[int, float]:
 
     Whatever `synchronize` does has no say in it.
     """
-    steps = 1
+    steps, again = 1, False
+    settled = run(1)
+    session.get(run(1))
     while True:
+        # Less the fetch itself: a slow one is not work.
+        fetching = _timed(session, settled)[0]
         start = perf_counter()
         session.get(run(steps))
-        taken = perf_counter() - start
-        if taken >= seconds or steps >= 1 << 20:
+        taken = perf_counter() - start - fetching
+        if (taken >= seconds and again) or steps >= 1 << 20:
             return steps, taken
-        steps = max(2 * steps, min(16 * steps, int(1.2 * steps * seconds / max(taken, 1e-6))))
+        # Once more before it is believed: the first run of a size may have compiled or tuned something.
+        again = taken >= seconds
+        if not again:
+            steps = max(2 * steps, min(16 * steps, int(1.2 * steps * seconds / max(taken, 1e-6))))
 
 
 def fetch_test(

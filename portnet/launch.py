@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Thread, Timer
 
 from portnet import measure, record
 from portnet.record import Record, Spec
@@ -30,7 +30,7 @@ def run(spec: Spec, *, timeout: float = 600.0, say: Callable[[str], None] = lamb
         # A session of its own, so that what the process starts can be killed with it.
         with subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # never written to: its end tells the process that we are gone
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -79,5 +79,14 @@ def _main(spec: str, folder: str) -> None:
     measure.measure(Spec(**json.loads(spec)), lambda line: print(line, flush=True)).write(Path(folder))
 
 
+def _die_with_parent() -> None:
+    """Wait for the parent's end of our standard input to close, then end this process and all that it started."""
+    os.read(0, 1)
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    Thread(target=_die_with_parent, daemon=True).start()
     _main(*sys.argv[1:])

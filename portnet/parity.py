@@ -65,9 +65,14 @@ class Oracle(Protocol):
     def open(self, graph: Graph, weights: Mapping[str, Array], settings: Settings) -> OracleSession: ...
 
 
+def is_oracle(backend: Backend) -> bool:
+    """Whether this is PortNet's reference: names are unique, so nothing else can pass for it."""
+    return backend.name == "reference" and hasattr(backend, "oracle")
+
+
 def oracle(backend: Backend) -> Oracle:
-    """The reference backend as the oracle it is. Raises `PluginError` if another took its name."""
-    if not hasattr(backend, "oracle"):
+    """The reference backend as the oracle it is. Raises `PluginError` for any other."""
+    if not is_oracle(backend):
         raise PluginError(f"backend {backend.name!r} of {type(backend).__module__} is not PortNet's reference")
     return cast("Oracle", backend)
 
@@ -315,7 +320,7 @@ def join(verdicts: Iterable[tuple[str, Verdict]]) -> Verdict:
     """Several verdicts as one, each finding named after what it was part of."""
     return Verdict(
         tuple(
-            Finding(what=f"{label} {f.what}", error=f.error, allowed=f.allowed)
+            Finding(what=f"{label} {f.what}".strip(), error=f.error, allowed=f.allowed)
             for label, verdict in verdicts
             for f in verdict.findings
         )
@@ -338,6 +343,50 @@ def judge(expected: Expected, session: Session, *, train: bool) -> Verdict:
         verdicts += [
             ("training", judge_layers(expected.train, trace, last)),
             ("gradient", judge_norms(expected.gradients, trace.gradients)),
-            ("updated", judge_norms(expected.updates, update(session, case)[0])),
+        ]
+        updated, losses = update(session, case)
+        verdicts += [
+            ("updated", judge_norms(expected.updates, updated)),
+            ("loss", judge_loss(expected, {"of trace()": trace.loss, "of train_step()": losses[0]})),
+        ]
+    return join(verdicts)
+
+
+def judge_loss(expected: Expected, losses: Mapping[str, float | None]) -> Verdict:
+    """The gate on losses before the first update: off by no more than their logits may be.
+
+    Cross-entropy moves by at most twice the largest change of a logit.
+    """
+    logits = expected.train[expected.case.graph.layers[-1].name]
+    rounding = 2.0**-50 if expected.precision == "float64" else 2.0**-21
+    allowed = 2 * logits.allowed * float(np.linalg.norm(logits.exact)) + rounding * abs(expected.loss)
+    return Verdict(
+        tuple(
+            Finding(what=name, error=float("inf") if loss is None else abs(loss - expected.loss), allowed=allowed)
+            for name, loss in losses.items()
+        )
+    )
+
+
+def judge_tiled(expected: Expected, session: Session, count: int, *, train: bool) -> Verdict:
+    """The gate at a larger batch: the case's images `count` times over, with the same ids and so the same masks.
+
+    The logits repeat and the mean gradient stays, and with it the weights after the updates. The session must be
+    fresh.
+    """
+    case = expected.case
+    last = case.graph.layers[-1].name
+    tiled = Case(case.graph, case.batch, case.seed)
+    for name in ("images", "labels", "ids"):
+        tiled.__dict__[name] = np.concatenate([getattr(case, name)] * count)
+    exact = np.concatenate([expected.infer[last].exact] * count)
+    logits = session.get(session.infer(session.put(tiled.images)))
+    found = [Finding(what=last, error=channel_error(logits, exact), allowed=expected.infer[last].allowed)]
+    verdicts = [("infer()", Verdict(tuple(found)))]
+    if train:
+        updated, losses = update(session, tiled)
+        verdicts += [
+            ("updated", judge_norms(expected.updates, updated)),
+            ("loss", judge_loss(expected, {"of train_step()": losses[0]})),
         ]
     return join(verdicts)
