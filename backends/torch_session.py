@@ -192,7 +192,8 @@ class TorchSession(Session):
         self.module.to(torch.float64 if self.dtype == torch.float64 else torch.float32).to(self.device)
         self.parameters = dict(self.module.named_parameters())
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self._casts: dict[str, Tensor] | None = None
+        self._casts: dict[str, Tensor] = {}
+        self._cast_from: tuple[int, ...] = ()
 
     def put(self, array: Array) -> Tensor:
         return torch.tensor(array, device=self.device)
@@ -209,8 +210,10 @@ class TorchSession(Session):
 
     def infer(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
-            if self._casts is None:
-                self._casts = self._operands()
+            # The module is the user's too, who may have changed its weights in place.
+            versions = tuple(p._version for p in self.parameters.values())
+            if self._cast_from != versions:
+                self._casts, self._cast_from = self._operands(), versions
             self.module.eval()
             return self._forward(images, self._casts)
 
@@ -241,7 +244,6 @@ class TorchSession(Session):
                 v, w = self.velocity[name], self.parameters[name]
                 v.mul_(self.graph.recipe.momentum).add_(w, alpha=-decay * rate).add_(gradient, alpha=-rate)
                 w.add_(v)
-        self._casts = None
         return loss
 
     def _masks(self, ids: Tensor, step: int) -> dict[str, Tensor]:
