@@ -182,7 +182,6 @@ class Expected:
     gradients: Mapping[str, Gated]
     updates: Mapping[str, Gated]
     loss: float
-    losses: tuple[float, ...]
 
 
 def channel_error(value: Array, exact: Array) -> float:
@@ -225,9 +224,7 @@ def expect(case: Case, oracle: Oracle, precision: str, *, train: bool = True) ->
     exact, rounded = open_("float64"), open_(baseline)
     infer, _ = layers(exact.trace(case.images), rounded.trace(case.images))
     if not train:
-        return Expected(
-            case=case, precision=precision, infer=infer, train={}, gradients={}, updates={}, loss=0.0, losses=()
-        )
+        return Expected(case=case, precision=precision, infer=infer, train={}, gradients={}, updates={}, loss=0.0)
     masks = exact.masks(case.ids, step=0)
     truth = exact.trace(case.images, case.labels, masks)
     base = rounded.trace(case.images, case.labels, masks)
@@ -257,7 +254,7 @@ def expect(case: Case, oracle: Oracle, precision: str, *, train: bool = True) ->
         n: Gated(exact=g, allowed=allow(scale * norm_error(base.gradients[n], g), one[n], other[n], g))
         for n, g in truth.gradients.items()
     }
-    w, losses = updated(open_("float64"), None)
+    w, _ = updated(open_("float64"), None)
     w_base, _ = updated(rounded, None)
     w_one, w_other = both(lambda r: updated(open_("float64"), r)[0] if r else w)
     updates = {
@@ -272,7 +269,6 @@ def expect(case: Case, oracle: Oracle, precision: str, *, train: bool = True) ->
         gradients=gated_gradients,
         updates=updates,
         loss=float(truth.loss or 0.0),
-        losses=losses,
     )
 
 
