@@ -5,7 +5,7 @@ A backend is a way to reach a device; a session is one network opened on it. The
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,10 @@ __all__ = [
     "PRECISIONS",
     "Array",
     "Backend",
+    "Ceilings",
     "Device",
+    "LayerTime",
+    "LibraryLayer",
     "Mode",
     "Session",
     "Settings",
@@ -38,12 +41,16 @@ PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a probe found. `memory` is in bytes; `versions` names drivers, runtimes and libraries."""
+    """What a probe found. `memory` is in bytes; `versions` names drivers, runtimes and libraries.
+
+    `unified`: host and device share one memory, so that `put` and `get` cross no bus.
+    """
 
     name: str
     precisions: tuple[str, ...]
     memory: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    unified: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +58,19 @@ class Settings:
     """How a session is to compute.
 
     `precision`: ``float32`` means float32, with no TF32 anywhere; see `PRECISIONS`. `formulation`: ``portable``
-    (PortNet's own, the same on every vendor) or ``stock`` (the framework's operators, as people write them). `seed`
-    keys the dropout masks.
+    (PortNet's own, the same on every vendor), ``stock`` (the framework's operators, as people write them), or a rung
+    below the vendor's libraries: ``unfold`` (every convolution as one batched unfold and one matrix product) or
+    ``direct`` (as the plain sum of its definition). `seed` keys the dropout masks. `engine`: how the work is issued,
+    one of `Backend.engines`. `channels_last`: activations and filters lie in NHWC order on the device. `without`:
+    names of `Backend.library_layers` that the session itself must switch off.
     """
 
     precision: str = "float32"
     formulation: str = "portable"
     seed: int = 0
+    engine: str = "eager"
+    channels_last: bool = False
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,44 @@ class Trace:
     logits: Array
     loss: float | None = None
     gradients: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """The best that a device was seen to do in one precision, with nothing of PortNet's network in the way.
+
+    `flops`: FLOP/s of a large matrix product; `bandwidth`: bytes/s, read plus written, of a large copy on the device;
+    each the best of several. None is what could not be measured. `samples` holds every rate measured, by its name.
+    """
+
+    flops: float | None
+    bandwidth: float | None
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Seconds of one layer run on its own: forward, and backward where it was asked for and there is one."""
+
+    forward: float
+    backward: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryLayer:
+    """A part of the vendor's software that can be taken away, to see what it is worth.
+
+    `environment` is set for the whole process before it starts; `replace` gives fields of `Settings` their values
+    (another engine, a rung below the library). Where both are empty, the session does it, as told by
+    `Settings.without`. `missing` says why there is nothing to take away here, given the device, or is empty.
+    """
+
+    name: str
+    title: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    replace: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    missing: str = ""
 
 
 class Session(ABC):
@@ -122,6 +173,29 @@ class Session(ABC):
             raise Unsupported(f"{type(self).__name__} does not train")
         return Trace(layers={}, logits=self.get(self.infer(self.put(images))))
 
+    def peak_memory(self) -> int | None:
+        """Most bytes of device memory that were taken at once since `open`; None where the device does not tell."""
+        return None
+
+    def fallbacks(self, run: Callable[[], object]) -> Mapping[str, int] | None:
+        """Which operations of `run` were computed elsewhere than on the device, and how often each.
+
+        Empty when all of them stayed there; None where this cannot be told.
+        """
+        return None
+
+    def device_seconds(self, run: Callable[[], object]) -> float | None:
+        """What `run` takes by the device's own events; None where it has none."""
+        return None
+
+    def layer_times(self, images: Array, labels: Array | None = None) -> Mapping[str, LayerTime]:
+        """Each layer on its own, on the input that it gets in the network; with `labels` backward too.
+
+        What layers overlap, fuse or keep in caches is lost by that: the sum is no time of the network. Empty where
+        layers cannot be run singly.
+        """
+        return {}
+
     def close(self) -> None:  # noqa: B027 (nothing to give back is the usual case)
         """Give the device's memory back. The session is not used after it."""
 
@@ -133,6 +207,9 @@ class Backend(ABC):
     vendor: ClassVar[str]
     modes: ClassVar[tuple[Mode, ...]] = ("infer",)
     formulations: ClassVar[tuple[str, ...]] = ("portable",)
+    engines: ClassVar[tuple[str, ...]] = ("eager",)
+    layouts: ClassVar[tuple[bool, ...]] = (False,)
+    """Which values of `Settings.channels_last` it takes."""
     priority: ClassVar[int] = 0
     """Where ``auto`` ranks it, highest first; 0 is never chosen unasked."""
     note: ClassVar[str] = ""
@@ -146,6 +223,25 @@ class Backend(ABC):
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         """The network with these weights on the device. Raises `Unavailable`, or `Unsupported` for the settings."""
 
+    def ceilings(self, precision: str) -> Ceilings | None:
+        """Measure the device's ceilings now, in this process; None where the backend has no way to."""
+        return None
+
+    def library_layers(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        """The parts of the vendor's software that can be taken away from a stack with these settings.
+
+        From the most special to the most general. Must load no vendor's software, since it is asked before the
+        process that does.
+        """
+        return ()
+
+    def telemetry(self) -> Mapping[str, Any]:
+        """The device's state now, where its vendor offers it; the keys are those of `portnet.watch`.
+
+        Cheap, and called while a measurement is under way.
+        """
+        return {}
+
     def check(self, settings: Settings) -> Device:
         """The device, if it can be had and does what `settings` ask; a first line for `open`."""
         device = self.probe()
@@ -157,5 +253,14 @@ class Backend(ABC):
         if settings.formulation not in self.formulations:
             raise Unsupported(
                 f"{self.name} has no formulation {settings.formulation!r}; it offers {', '.join(self.formulations)}"
+            )
+        if settings.engine not in self.engines:
+            raise Unsupported(f"{self.name} has no engine {settings.engine!r}; it offers {', '.join(self.engines)}")
+        if settings.channels_last not in self.layouts:
+            raise Unsupported(f"{self.name} has no choice of layout; leave channels-last out")
+        known = [layer.name for layer in self.library_layers(settings)]
+        if unknown := set(settings.without) - set(known):
+            raise Unsupported(
+                f"{self.name} cannot take away {', '.join(sorted(unknown))}; it can: {', '.join(known) or 'nothing'}"
             )
         return device
