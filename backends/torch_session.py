@@ -208,6 +208,9 @@ class TorchSession(Session):
     def synchronize(self) -> None:
         self._wait()
 
+    def latest_weights(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1)[-1:] for p in self.parameters.values()])
+
     def infer(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
             # The module is the user's too, who may have changed its weights in place.

@@ -184,6 +184,14 @@ class Session(ABC):
         """
         return None
 
+    def latest_weights(self) -> Any | None:
+        """Some element of every parameter as one small device value that all updates so far went into.
+
+        It tells the harness, cheaply, whether an update was finished. None where there is no cheap way; it then runs
+        an inference.
+        """
+        return None
+
     def device_seconds(self, run: Callable[[], object]) -> float | None:
         """What `run` takes by the device's own events; None where it has none."""
         return None

@@ -16,7 +16,7 @@ from typing import Any
 from portnet.errors import RecordError
 from portnet.files import write_atomically
 
-SCHEMA = "portnet.record/1"
+SCHEMA = "portnet.record/2"
 
 OUTCOMES = (
     "works",
@@ -33,21 +33,33 @@ OUTCOMES = (
 """``partial``: parts ran on another device. ``wrong``: outside the parity gate, so its speed is void."""
 
 
+DIVISIONS = ("closed", "open")
+"""MLPerf's words. ``closed``: the same code on every vendor's hardware; ``open``: tuned for one."""
+
+MODES = ("train", "infer", "serve")
+"""``serve`` asks what a serving user does: latency at batch 1, a sweep over batches, memory, the bus."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What to measure.
+    """What to measure: one stack, in one mode, on one piece of work.
 
-    The training curve is run at `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps; the gate,
-    the clock and the timing at the preset's `image_size` and `batch`. `perturbed` more curves start from weights that
-    are one rounding away, to show how far apart equals drift. `quick` says that fewer samples were asked for
-    than a figure to be quoted needs.
+    `without` names library layers that are taken away. `model` is ``package:factory`` for a user's own module, or
+    empty for AlexNet, of which `preset`, `image_size` and `classes` say which one. The training curve is run at
+    `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps, and held against `perturbed` runs of
+    equals; the gate, the clock and the timing at `image_size` and `batch`. `blocks` are timed in a process. `quick`
+    says that fewer samples were asked for than a figure to be quoted needs.
     """
 
     backend: str
     precision: str = "float32"
     engine: str = "eager"
     formulation: str = "portable"
+    channels_last: bool = False
+    without: tuple[str, ...] = ()
+    mode: str = "infer"
     division: str = "closed"
+    model: str = ""
     preset: str = "caffe"
     image_size: int = 227
     classes: int = 10
@@ -56,39 +68,60 @@ class Spec:
     curve_size: int = 99
     curve_batch: int = 16
     curve_steps: int = 60
-    perturbed: int = 0
+    perturbed: int = 8
     seed: int = 0
-    quick: bool = True
+    blocks: int = 30
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "without", tuple(self.without))  # JSON knows lists only
 
     @property
     def stack(self) -> str:
-        """Backend, engine and precision, and the formulation where it is not PortNet's own."""
+        """Backend, engine and precision, and what sets it apart from the plainest of that name."""
         name = f"{self.backend}/{self.engine}/{self.precision}"
-        return name if self.formulation == "portable" else f"{name} ({self.formulation})"
+        name += "/channels-last" if self.channels_last else ""
+        name += "" if self.formulation == "portable" else f" ({self.formulation})"
+        return name + "".join(f" without {layer}" for layer in self.without)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One measurement.
+    """One measurement: one process's work on one spec.
 
-    `device` and `environment` say on what it was made and with which versions. `gates` holds each gate's figures:
-    ``parity`` the relative errors (1e300 for one that is not finite) and what was allowed, tensor by tensor;
-    ``clock`` the fetch test of each mode, its times in seconds. `training` holds the loss before each step, in nats,
-    and in `perturbed` the losses of runs whose weights began one rounding away. `samples` holds, for each mode, the
-    seconds of every timed block, its steps, and the images in a step. `weights` is the SHA-256 of the curve's initial
-    weights.
+    - `device` and `environment` say on what it was made and with which versions; `watch` what else went on there
+      meanwhile, and `round` where the process stood among others: the `series` it was run in, its `number`, the
+      stacks `beside` it, the `probe` of the host before each block in seconds, and whether the round was `rejected`
+      because that probe differed between the sides.
+    - `effective` holds the settings that were in force, after library layers were taken away.
+    - `gates` holds each gate's figures: ``parity`` the relative errors (1e300 for one that is not finite) and what
+      was allowed, tensor by tensor; ``curve`` the loss beside the envelope of equals; ``clock`` its times in
+      seconds; ``fallbacks`` operations by name; ``trend`` the drift of the blocks.
+    - `training` holds the loss before each step, in nats, and in `perturbed` the losses of equals that began one
+      rounding away. `weights` is the SHA-256 of the curve's initial weights.
+    - `samples` holds, for the mode, the seconds of every timed block, its steps, and the images in a step; and of the
+      warm-up before them. `times` are the seconds to the first step, and of whole steps with their input.
+    - `ceilings` are FLOP/s and bytes/s; `layers` each layer's least work, floor and times in seconds; `serving` what a
+      serving user asks.
     """
 
     spec: Spec
     outcome: str
     reason: str = ""
     remedy: str = ""
+    effective: Mapping[str, Any] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    round: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
     gates: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] = field(default_factory=dict)
+    times: Mapping[str, Any] = field(default_factory=dict)
+    ceilings: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    serving: Mapping[str, Any] = field(default_factory=dict)
+    watch: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.outcome not in OUTCOMES:
