@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "host", "data"},
     {"graph", "philox", "files"},
     {"alexnet", "contract", "record"},
-    {"hookspecs", "weights", "images", "stats", "lockin"},
+    {"hookspecs", "weights", "images", "stats", "watch", "lockin"},
     {"parity", "onnx_export", "training", "clock", "report"},
     {"plugins"},
     {"measure", "conformance"},
@@ -25,7 +25,10 @@ FLOORS = [
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 
 # What the core may import besides Python's own library: its dependencies, none of which is a vendor's.
-NEUTRAL = {"numpy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"}
+NEUTRAL = {
+    *("numpy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"),
+    *("psutil", "zeus"),
+}
 
 # Files of backends that are nobody's: what every torch device shares.
 LOADED_BY_OPEN = {"torch_session", "torch_philox"}
