@@ -31,11 +31,17 @@ NEUTRAL = {
 }
 
 # Files of backends that are nobody's: what every torch device shares.
-LOADED_BY_OPEN = {"torch_session", "torch_philox"}
-SHARED = {"torch_device", *LOADED_BY_OPEN}
+LOADED_BY_OPEN = {"torch_session", "torch_philox", "torch_probe"}
+SHARED = {"torch_device", "timing", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.
-VENDOR = {"reference": set(), "onnxruntime_ep": {"onnxruntime"}}
+VENDOR = {
+    "reference": set(),
+    "onnxruntime_ep": {"onnxruntime"},
+    "cuda_telemetry": {"pynvml"},
+    "rocm_telemetry": {"amdsmi"},
+    "cpu_telemetry": set(),
+}
 
 
 class Import:
@@ -156,7 +162,12 @@ def test_a_backend_imports_no_other_vendors_file(path):
         found
         for found in imports(path.read_text(), "portnet_backends")
         if found.module.split(".")[0] == "portnet_backends"
-        and (found.module == "portnet_backends" or found.module.split(".")[1] not in {path.stem, *SHARED})
+        # A vendor may have more files than one: cuda_telemetry is cuda's.
+        and (
+            found.module == "portnet_backends"
+            or (other := found.module.split(".")[1]) not in {path.stem, *SHARED}
+            and other.split("_")[0] != path.stem
+        )
     ]
     assert not wrong, f"{path.name} imports {wrong}"
 
@@ -183,7 +194,7 @@ def test_a_vendor_is_loaded_by_functions_only(path):
         if not found.inside
         and not found.typing
         and (
-            found.module.split(".")[0] in {"torch", "onnxruntime"}
+            found.module.split(".")[0] in {"torch", "onnxruntime", "pynvml", "amdsmi"}
             or found.module.removeprefix("portnet_backends.") in LOADED_BY_OPEN
         )
     ]
