@@ -23,6 +23,7 @@ class Cpu(TorchBackend):
             name=f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
             precisions=("float64", "float32", "bfloat16", "float16"),
             versions=versions(torch),
+            unified=True,
         )
 
     def synchronize(self) -> None:

@@ -33,6 +33,7 @@ class Cuda(TorchBackend):
             precisions=("float64", "float32", *ampere, "float16"),
             memory=properties.total_memory,
             versions=versions(torch, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()),
+            unified=bool(getattr(properties, "is_integrated", False)),
         )
 
     def synchronize(self) -> None:

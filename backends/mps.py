@@ -33,6 +33,7 @@ class Mps(TorchBackend):
             precisions=("float32", "bfloat16", "float16"),
             memory=torch.mps.recommended_max_memory(),
             versions=versions(torch, macos=mac_ver()[0]),
+            unified=True,
         )
 
     def synchronize(self) -> None:

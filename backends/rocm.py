@@ -37,6 +37,7 @@ class Rocm(TorchBackend):
                 miopen=torch.backends.cudnn.version(),
                 architecture=getattr(properties, "gcnArchName", None),
             ),
+            unified=bool(getattr(properties, "is_integrated", False)),
         )
 
     def synchronize(self) -> None:

@@ -7,7 +7,7 @@ is loaded by `open`.
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from portnet.contract import Backend, Device, Mode, Session, Settings, Unavailable, Unsupported, Weights
+from portnet.contract import Backend, Ceilings, Device, Mode, Session, Settings, Unavailable, Unsupported, Weights
 from portnet.graph import LRN, Graph
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ class TorchBackend(Backend):
         from portnet_backends.torch_session import TorchSession
 
         return TorchSession(self.device_type(), self.synchronize, graph, weights, settings)
+
+    def ceilings(self, precision: str) -> Ceilings:
+        self.check(Settings(precision=precision))
+        import torch
+
+        from portnet_backends import torch_probe
+
+        return torch_probe.ceilings(torch.device(self.device_type()), self.synchronize, precision)
 
 
 def versions(torch: "ModuleType", **more: object) -> dict[str, str]:

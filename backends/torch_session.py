@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from portnet.contract import Array, Session, Settings, Trace, Weights
+from portnet.contract import Array, LayerTime, Session, Settings, Trace, Weights
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet_backends import torch_philox
 
@@ -181,6 +181,9 @@ class TorchSession(Session):
     ) -> None:
         self.graph, self.settings, self._wait = graph, settings, wait
         self.device = torch.device(device_type)
+        from portnet_backends import torch_probe
+
+        torch_probe.forget_peak(self.device)
         self.dtype = DTYPES[settings.precision]
         self.stock = settings.formulation == "stock"
         self.narrow = self.dtype in (torch.bfloat16, torch.float16)
@@ -207,6 +210,26 @@ class TorchSession(Session):
 
     def synchronize(self) -> None:
         self._wait()
+
+    def peak_memory(self) -> int | None:
+        from portnet_backends import torch_probe
+
+        return torch_probe.peak_memory(self.device)
+
+    def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
+        from portnet_backends import torch_probe
+
+        return torch_probe.fallbacks(self.device, self._wait, run)
+
+    def device_seconds(self, run: Callable[[], object]) -> float | None:
+        from portnet_backends import torch_probe
+
+        return torch_probe.device_seconds(self.device, self._wait, run)
+
+    def layer_times(self, images: Array, labels: Array | None = None) -> Mapping[str, LayerTime]:
+        from portnet_backends import torch_probe
+
+        return torch_probe.layer_times(self, images, training=labels is not None)
 
     def latest_weights(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1)[-1:] for p in self.parameters.values()])

@@ -30,6 +30,7 @@ class Xpu(TorchBackend):
             precisions=(*(("float64",) if properties.has_fp64 else ()), "float32", "bfloat16", "float16"),
             memory=properties.total_memory,
             versions=versions(torch, driver=properties.driver_version, platform=properties.platform_name),
+            unified=bool(getattr(properties, "is_integrated_gpu", False)),
         )
 
     def synchronize(self) -> None:
