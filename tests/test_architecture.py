@@ -12,7 +12,7 @@ CORE, BACKENDS = ROOT / "portnet", ROOT / "backends"
 
 FLOORS = [
     {"errors", "host", "data"},
-    {"graph", "philox", "files"},
+    {"graph", "philox", "files", "devices"},
     {"alexnet", "contract", "record"},
     {"hookspecs", "weights", "images", "stats", "watch", "lockin"},
     {"parity", "onnx_export", "training", "clock", "report"},
