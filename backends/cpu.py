@@ -1,7 +1,7 @@
 """The host's processor, through PyTorch."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device
 from portnet.hookspecs import hookimpl
@@ -28,6 +28,11 @@ class Cpu(TorchBackend):
 
     def synchronize(self) -> None:
         """PyTorch's CPU operators return when their work is done."""
+
+    def telemetry(self) -> Mapping[str, Any]:
+        from portnet_backends import cpu_telemetry
+
+        return cpu_telemetry.read()
 
 
 @hookimpl

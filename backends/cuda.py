@@ -1,7 +1,7 @@
 """NVIDIA GPUs, through PyTorch built for CUDA."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device, Unavailable
 from portnet.hookspecs import hookimpl
@@ -40,6 +40,11 @@ class Cuda(TorchBackend):
         import torch
 
         torch.cuda.synchronize()
+
+    def telemetry(self) -> Mapping[str, Any]:
+        from portnet_backends import cuda_telemetry
+
+        return cuda_telemetry.read()
 
 
 @hookimpl

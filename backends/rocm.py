@@ -1,7 +1,7 @@
 """AMD GPUs, through PyTorch built for ROCm, which calls them "cuda"."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device, Unavailable
 from portnet.hookspecs import hookimpl
@@ -44,6 +44,11 @@ class Rocm(TorchBackend):
         import torch
 
         torch.cuda.synchronize()
+
+    def telemetry(self) -> Mapping[str, Any]:
+        from portnet_backends import rocm_telemetry
+
+        return rocm_telemetry.read()
 
 
 @hookimpl
