@@ -20,7 +20,9 @@ class TorchBackend(Backend):
     """A device of torch's. Subclasses give `type`, `find` and `synchronize`."""
 
     modes: ClassVar[tuple[Mode, ...]] = ("infer", "train")
-    formulations: ClassVar[tuple[str, ...]] = ("portable", "stock")
+    formulations: ClassVar[tuple[str, ...]] = ("portable", "stock", "unfold", "direct")
+    engines: ClassVar[tuple[str, ...]] = ("eager", "compile")
+    layouts: ClassVar[tuple[bool, ...]] = (False, True)
     type: ClassVar[str]
     """The device's type in torch (``cuda``, also for ROCm)."""
 

@@ -6,15 +6,19 @@ from torch import Tensor
 from portnet import philox
 
 
-def words(seed: int, stream: int, index: Tensor, step: int, count: int) -> Tensor:
-    """`count` random 32-bit words for each index: int64, shape ``(len(index), count)``."""
+def words(seed: int, stream: int, index: Tensor, step: int | Tensor, count: int) -> Tensor:
+    """`count` random 32-bit words for each index: int64, shape ``(len(index), count)``.
+
+    `step` may be an int64 tensor of one element on the device, which captured and compiled work reads anew.
+    """
     block = torch.arange(-(-count // 4), device=index.device)[None, :]
-    counter = (block, index.long()[:, None], torch.full_like(block, step), torch.full_like(block, stream))
+    at = step.reshape(1, 1) if isinstance(step, Tensor) else torch.full_like(block, step)
+    counter = (block, index.long()[:, None], at, torch.full_like(block, stream))
     drawn = torch.broadcast_tensors(*philox.rounds(counter, philox.key(seed)))
     return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
 
 
-def keep_mask(seed: int, layer: int, index: Tensor, step: int, count: int, p: float) -> Tensor:
+def keep_mask(seed: int, layer: int, index: Tensor, step: int | Tensor, count: int, p: float) -> Tensor:
     """`portnet.philox.keep_mask` as a bool tensor on the device of `index`."""
     stream = philox.Stream.DROPOUT + layer
     if p == 0.5:

@@ -1,7 +1,10 @@
 """A graph as a plain ``nn.Module``, and its session on one torch device."""
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from portnet.contract import Array, LayerTime, Session, Settings, Trace, Weights
+from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet_backends import torch_philox
 
@@ -54,12 +57,31 @@ class _AcrossChannels(torch.autograd.Function):
         return (outer - (2 * ctx.beta) * wide * across).to(x.dtype), None, None, None, None
 
 
-class LocalResponseNorm(nn.Module):
-    """LRN within each of `groups` runs of channels; see `portnet.graph.LRN` for the formula."""
+def _sum_across_channels(x: Tensor, layer: LRN, wide: torch.dtype) -> Tensor:
+    """LRN in words that a compiler fuses: the squares' sum as `size` shifted slices, in `wide`, with no product.
 
-    def __init__(self, layer: LRN, channels: int, *, stock: bool) -> None:
+    `_AcrossChannels` cannot be traced, for it sets torch's precision, and its convolution would be no loop to fuse.
+    """
+    wide_x = x.to(wide)
+    squares = (wide_x * wide_x).unflatten(1, (layer.groups, -1))
+    before = layer.size // 2
+    padded = F.pad(squares, (0, 0, 0, 0, before, layer.size - 1 - before))
+    total = padded[:, :, : squares.shape[2]]
+    for shift in range(1, layer.size):
+        total = total + padded[:, :, shift : shift + squares.shape[2]]
+    factor = (total.flatten(1, 2) * (layer.alpha / layer.size) + layer.k) ** -layer.beta
+    return (wide_x * factor).to(x.dtype)
+
+
+class LocalResponseNorm(nn.Module):
+    """LRN within each of `groups` runs of channels; see `portnet.graph.LRN` for the formula.
+
+    `stock` uses torch's own function, `traced` the form for compilers.
+    """
+
+    def __init__(self, layer: LRN, channels: int, *, stock: bool, traced: bool = False) -> None:
         super().__init__()
-        self.layer, self.stock = layer, stock
+        self.layer, self.stock, self.traced = layer, stock, traced
         width = channels // layer.groups
         # On the host and in float64 whatever the defaults, to be cast once when the module moves to its device.
         channel = torch.arange(width, device="cpu")
@@ -75,6 +97,8 @@ class LocalResponseNorm(nn.Module):
                 for t in towers
             ]
             return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
+        if self.traced:
+            return _sum_across_channels(x, self.layer, self.band.dtype)
         return _AcrossChannels.apply(x, self.band, self.layer.groups, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
@@ -100,12 +124,63 @@ class MaskedDropout(nn.Module):
         return repr(self.layer)
 
 
-def _module(layer: Layer, channels: int, *, stock: bool) -> nn.Module:
+class UnfoldConv(nn.Conv2d):
+    """A convolution as one batched unfold and one matrix product a group: what stands below a convolution library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        height, width = ((n + 2 * int(padding) - k) // stride + 1 for n in x.shape[2:])
+        columns = F.unfold(x, k, padding=int(padding), stride=stride).unflatten(1, (self.groups, -1))
+        filters = self.weight.flatten(1).unflatten(0, (self.groups, -1))
+        y = torch.einsum("gok,ngkl->ngol", filters, columns).flatten(1, 2).unflatten(2, (height, width))
+        return y + self._bias()
+
+    def _bias(self) -> Tensor:
+        assert self.bias is not None, "every convolution of a graph has one"
+        return self.bias[:, None, None]
+
+
+class DirectConv(UnfoldConv):
+    """A convolution as its definition says: products of filter and window, summed, in float32 or wider.
+
+    Written as a broadcast product and a sum, of which torch's compiler makes one loop nest for each of output, filter
+    gradient and input gradient, with no library's call; uncompiled it would hold every product in memory. Where the
+    session is not compiled anyway, each convolution is, by itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._definition(x, self.weight, self._bias())
+        return _compiled_direct()(self, x, self.weight, self._bias())
+
+    def _definition(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        wide = torch.promote_types(x.dtype, torch.float32)
+        windows = F.pad(x, (int(padding),) * 4).unfold(2, k, stride).unfold(3, k, stride)
+        # image, group, output channel, input channel, row, column, filter's row, filter's column
+        windows = windows.unflatten(1, (self.groups, 1, -1)).to(wide)
+        filters = weight.unflatten(0, (self.groups, -1))[None, :, :, :, None, None].to(wide)
+        return ((windows * filters).sum(dim=(3, 6, 7)).flatten(1, 2) + bias).to(x.dtype)
+
+
+def _direct(module: DirectConv, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return module._definition(x, weight, bias)
+
+
+@cache
+def _compiled_direct() -> Callable[..., Tensor]:
+    return _compiled(_direct)
+
+
+CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {"unfold": UnfoldConv, "direct": DirectConv}
+
+
+def _module(layer: Layer, channels: int, formulation: str, *, traced: bool) -> nn.Module:
     match layer:
         case Pad():
             return nn.ZeroPad2d((0, layer.right, 0, layer.bottom))
         case Conv():
-            return nn.Conv2d(
+            return CONVOLUTIONS.get(formulation, nn.Conv2d)(
                 layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.padding, groups=layer.groups
             )
         case Linear():
@@ -113,7 +188,7 @@ def _module(layer: Layer, channels: int, *, stock: bool) -> nn.Module:
         case ReLU():
             return nn.ReLU()
         case LRN():
-            return LocalResponseNorm(layer, channels, stock=stock)
+            return LocalResponseNorm(layer, channels, stock=formulation == "stock", traced=traced)
         case MaxPool():
             return nn.MaxPool2d(layer.kernel, layer.stride)
         case AdaptiveAvgPool():
@@ -126,12 +201,15 @@ def _module(layer: Layer, channels: int, *, stock: bool) -> nn.Module:
 
 
 class Network(nn.Module):
-    """The graph's chain as an ``nn.Module`` whose parameters have the graph's names; takes and gives NCHW tensors."""
+    """The graph's chain as an ``nn.Module`` whose parameters have the graph's names; takes and gives NCHW tensors.
 
-    def __init__(self, graph: Graph, *, stock: bool = False) -> None:
+    `formulation` is one of the backend's; `traced` avoids what compilers cannot trace.
+    """
+
+    def __init__(self, graph: Graph, formulation: str = "portable", *, traced: bool = False) -> None:
         super().__init__()
         for step in graph.steps:
-            self.add_module(step.layer.name, _module(step.layer, step.input[0], stock=stock))
+            self.add_module(step.layer.name, _module(step.layer, step.input[0], formulation, traced=traced))
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
@@ -169,12 +247,121 @@ def fp32_precision(mode: str) -> Iterator[None]:
             setattr(holder, name, was)
 
 
+@contextmanager
+def without(names: Collection[str]) -> Iterator[None]:
+    """The libraries of `names` switched off in torch: ``onednn``, ``cudnn``, or ``miopen``, which torch calls cudnn."""
+    holders: list[Any] = [torch.backends.mkldnn] if "onednn" in names else []
+    if {"cudnn", "miopen"} & set(names):
+        holders.append(torch.backends.cudnn)
+    before = [holder.enabled for holder in holders]
+    try:
+        for holder in holders:
+            holder.enabled = False
+        yield
+    finally:
+        for holder, was in zip(holders, before, strict=True):
+            holder.enabled = was
+
+
+# What torch says of itself while compiling: that TF32 would be faster than the float32 asked for, and of its own
+# modules and how they look at tensors.
+CHATTER = (
+    "TensorFloat32 tensor cores .* available but not enabled",
+    ".*torch.jit.script_method. is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled by torch as one graph for each of its shapes, or `Unsupported`: never run as it stands."""
+    # All sessions, and all layers of the direct formulation, add to one function's count of compilations.
+    limit = {"recompile_limit": 1024} if "recompile_limit" in signature(torch.compile).parameters else {}
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, **limit)
+
+    @wraps(function)
+    def run(*inputs: Any) -> Any:
+        if torch._dynamo.config.disable:
+            raise Unsupported("torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)")
+        with warnings.catch_warnings():
+            for message in CHATTER:
+                warnings.filterwarnings("ignore", message)
+            try:
+                try:
+                    return compiled(*inputs)
+                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    # An older torch, which has that limit for the process alone; setting it takes a millisecond, too
+                    # much to do at each call.
+                    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+                        return compiled(*inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cause = getattr(error, "inner_exception", error)
+                first = str(cause).strip().partition("\n")[0]
+                raise Unsupported(f"torch.compile failed: {type(cause).__name__}: {first}") from error
+
+    return run
+
+
+def device_capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture `run` as a CUDA or HIP graph: what replays it, and the tensor that each replay overwrites.
+
+    The recipe is PyTorch's (notes/cuda, "CUDA Graphs"): three runs on a side stream first, so that libraries choose
+    and allocate before the capture. It captures on the stream of those runs, to which hipBLASLt binds its handles.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        output = run()
+    return graph.replay, output
+
+
+class Captured:
+    """`function` of tensors captured once for each of its inputs' shapes, and replayed.
+
+    A replay reads the memory that the capture read: inputs are copied there, and the result is copied out, or the
+    next replay would overwrite it. `state` is what `function` changes in place; the runs before the capture must not.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        state: Sequence[Tensor] = (),
+        capture: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]] = device_capture,
+    ) -> None:
+        self._function, self._state, self._capture = function, state, capture
+        self._captures: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        if key not in self._captures:
+            static = [t.clone() for t in inputs]
+            before = [t.detach().clone() for t in self._state]
+            replay, output = self._capture(lambda: self._function(*static))
+            with torch.no_grad():
+                for t, was in zip(self._state, before, strict=True):
+                    t.copy_(was)
+            self._captures[key] = static, replay, output
+        static, replay, output = self._captures[key]
+        for buffer, value in zip(static, inputs, strict=True):
+            buffer.copy_(value)
+        replay()
+        return output.clone()
+
+
 class TorchSession(Session):
     """A network on a torch device.
 
     Weights are kept in float32 (float64 for float64). In bfloat16 and float16 the portable formulation casts them at
-    each use; the stock one leaves that to autocast.
+    each use; the stock one leaves that to autocast. The work is defined once: forward pass, loss, masks and update
+    are functions of tensors alone, run as they are (``eager``), each through torch's compiler (``compile``), or
+    captured as one device graph for inference and one for a training step (``graph``).
     """
+
+    capture = staticmethod(device_capture)
 
     def __init__(
         self, device_type: str, wait: Callable[[], None], graph: Graph, weights: Weights, settings: Settings
@@ -187,16 +374,27 @@ class TorchSession(Session):
         self.dtype = DTYPES[settings.precision]
         self.stock = settings.formulation == "stock"
         self.narrow = self.dtype in (torch.bfloat16, torch.float16)
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         # Made without values, so that torch neither draws 61 million of its own nor moves its generator.
         with torch.device("meta"):
-            self.module = Network(graph, stock=self.stock)
+            self.module = Network(graph, settings.formulation, traced=settings.engine == "compile")
         state = {name: torch.tensor(weights[name], dtype=torch.float32) for name in graph.parameters}
         self.module.load_state_dict(state, assign=True)
-        self.module.to(torch.float64 if self.dtype == torch.float64 else torch.float32).to(self.device)
+        self.module.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = dict(self.module.named_parameters())
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
+        self._infer: Callable[..., Tensor] = self._inferred
+        self._train: Callable[..., Tensor] = self._trained
+        if settings.engine == "compile":
+            for name in ("_forward", "_losses", "_draw", "_update"):
+                setattr(self, name, _compiled(getattr(self, name)))
+        elif settings.engine == "graph":
+            self._infer = Captured(self._inferred, capture=self.capture)
+            state_of_training = [*self.parameters.values(), *self.velocity.values()]
+            self._train = Captured(self._trained, state_of_training, capture=self.capture)
 
     def put(self, array: Array) -> Tensor:
         return torch.tensor(array, device=self.device)
@@ -231,30 +429,35 @@ class TorchSession(Session):
 
         return torch_probe.layer_times(self, images, training=labels is not None)
 
-    def latest_weights(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1)[-1:] for p in self.parameters.values()])
-
     def infer(self, images: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._as_set():
             # The module is the user's too, who may have changed its weights in place.
             versions = tuple(p._version for p in self.parameters.values())
             if self._cast_from != versions:
-                self._casts, self._cast_from = self._operands(), versions
+                self._cast()
+                self._cast_from = versions
             self.module.eval()
-            return self._forward(images, self._casts)
+            return self._infer(images)
 
     def masks(self, ids: Array, *, step: int) -> dict[str, npt.NDArray[np.bool_]]:
-        return {name: mask.cpu().numpy().copy() for name, mask in self._masks(self.put(ids), step).items()}
+        with self._as_set():
+            drawn = self._draw(self.put(ids), self._scalar(step, torch.int64))
+        return {name: mask.cpu().numpy().copy() for name, mask in drawn.items()}
 
     def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
+        """Layers come from a pass of their own, run as it stands; the rest as the engine gives it.
+
+        (Of a captured step only the gradients that it does not show are run as they stand.)
+        """
         record: dict[str, Tensor] = {}
+        on_device, kept = self.put(images), {k: self.put(m) for k, m in (masks or {}).items()}
+        self.module.train(labels is not None)
+        with torch.no_grad(), self._as_set():
+            self._pass(self._operands(self.parameters), on_device, kept if labels is not None else None, record)
         if labels is None:
-            with torch.inference_mode():
-                self.module.eval()
-                logits = self._forward(self.put(images), self._operands(), record=record)
-            return Trace(layers={k: self.get(v) for k, v in record.items()}, logits=self.get(logits))
-        on_device = {k: self.put(m) for k, m in (masks or {}).items()}
-        logits, loss, gradients = self._backward(self.put(images), self.put(labels), on_device, record)
+            return Trace(layers={k: self.get(v) for k, v in record.items()}, logits=self.get(self.infer(on_device)))
+        with self._as_set():
+            logits, loss, gradients = self._backward(on_device, self.put(labels), kept)
         return Trace(
             layers={k: self.get(v) for k, v in record.items()},
             logits=self.get(logits),
@@ -263,46 +466,97 @@ class TorchSession(Session):
         )
 
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, *, step: int, learning_rate: float) -> Tensor:
-        _, loss, gradients = self._backward(images, labels, self._masks(ids, step))
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                rate, decay = self.graph.recipe.coefficients(name, learning_rate)
-                v, w = self.velocity[name], self.parameters[name]
-                v.mul_(self.graph.recipe.momentum).add_(w, alpha=-decay * rate).add_(gradient, alpha=-rate)
-                w.add_(v)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        with self._as_set():
+            at, rate = self._scalar(step, torch.int64), self._scalar(learning_rate, wide)
+            loss = self._train(images, labels, ids, at, rate)
+        # Neither a replay nor compiled code need count the versions of what they change.
+        self._cast_from = ()
         return loss
 
-    def _masks(self, ids: Tensor, step: int) -> dict[str, Tensor]:
+    @contextmanager
+    def _as_set(self) -> Iterator[None]:
+        """torch as the settings ask for it, around all that computes."""
+        with fp32_precision("tf32" if self.settings.precision == "tf32" else "ieee"), without(self.settings.without):
+            yield
+
+    def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
+        # Filled on the device: a copy from the host would wait for it.
+        return torch.full((), value, dtype=dtype, device=self.device)
+
+    def _operands(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters as the forward pass is to use them."""
+        if self.narrow and not self.stock:
+            return {name: p.to(self.dtype) for name, p in parameters.items()}
+        return dict(parameters)
+
+    def _cast(self) -> None:
+        """Renew the operands of inference, in the memory that they have: a captured graph reads it."""
+        operands = self._operands(self.parameters)
+        for name, value in operands.items():
+            if name in self._casts and self._casts[name] is not value:
+                self._casts[name].copy_(value)
+            else:
+                self._casts[name] = value
+
+    # The work, of tensors alone.
+
+    def _pass(
+        self,
+        operands: dict[str, Tensor],
+        images: Tensor,
+        masks: Mapping[str, Tensor] | None = None,
+        record: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        autocast = torch.autocast(self.device.type, self.dtype) if self.narrow and self.stock else nullcontext()
+        images = images if self.narrow and self.stock else images.to(self.dtype)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=self._layout)
+        with autocast:
+            return torch.func.functional_call(self.module, operands, (images, masks, record))  # type: ignore[no-any-return]
+
+    def _forward(self, operands: dict[str, Tensor], images: Tensor) -> Tensor:
+        return self._pass(operands, images)
+
+    def _losses(
+        self, parameters: dict[str, Tensor], images: Tensor, labels: Tensor, masks: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The logits and their mean cross-entropy."""
+        logits = self._pass(self._operands(parameters), images, masks)
+        return logits, F.cross_entropy(logits.float() if self.narrow else logits, labels)
+
+    def _draw(self, ids: Tensor, step: Tensor) -> dict[str, Tensor]:
         return {
             s.layer.name: torch_philox.keep_mask(self.settings.seed, i, ids, step, s.output[0], s.layer.p)
             for i, s in enumerate(self.graph.dropouts)
             if isinstance(s.layer, Dropout)
         }
 
-    def _operands(self) -> dict[str, Tensor]:
-        """The parameters as the forward pass is to use them."""
-        if self.narrow and not self.stock:
-            return {name: p.to(self.dtype) for name, p in self.parameters.items()}
-        return self.parameters
+    def _update(
+        self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: Tensor
+    ) -> None:
+        momentum = self.graph.recipe.momentum
+        for name, gradient in gradients.items():
+            scale, decay = self.graph.recipe.coefficients(name, 1.0)
+            v, w = velocity[name], parameters[name]
+            v.mul_(momentum).addcmul_(w, rate, value=-decay * scale).addcmul_(gradient, rate, value=-scale)
+            w.add_(v)
 
-    def _forward(
-        self,
-        images: Tensor,
-        operands: dict[str, Tensor],
-        masks: Mapping[str, Tensor] | None = None,
-        record: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        autocast = torch.autocast(self.device.type, self.dtype) if self.narrow and self.stock else nullcontext()
-        images = images if self.narrow and self.stock else images.to(self.dtype)
-        with fp32_precision("tf32" if self.settings.precision == "tf32" else "ieee"), autocast:
-            return torch.func.functional_call(self.module, operands, (images, masks, record))  # type: ignore[no-any-return]
+    # The work as the engine issues it.
+
+    def _inferred(self, images: Tensor) -> Tensor:
+        return self._forward(self._casts, images)
+
+    def _trained(self, images: Tensor, labels: Tensor, ids: Tensor, step: Tensor, rate: Tensor) -> Tensor:
+        _, loss, gradients = self._backward(images, labels, self._draw(ids, step))
+        with torch.no_grad():
+            self._update(self.parameters, self.velocity, gradients, rate)
+        return loss
 
     def _backward(
-        self, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor], record: dict[str, Tensor] | None = None
+        self, images: Tensor, labels: Tensor, masks: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         self.module.train()
-        logits = self._forward(images, self._operands(), masks, record)
-        loss = F.cross_entropy(logits.float() if self.narrow else logits, labels)
-        with fp32_precision("tf32" if self.settings.precision == "tf32" else "ieee"):
-            gradients = torch.autograd.grad(loss, list(self.parameters.values()))
+        logits, loss = self._losses(self.parameters, images, labels, masks)
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
         return logits.detach(), loss.detach(), dict(zip(self.parameters, gradients, strict=True))
