@@ -13,15 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from portnet import philox
-from portnet.contract import Array, Backend, Device, Mode, Session, Settings, Trace, Weights
+from portnet.contract import Array, Backend, Ceilings, Device, LayerTime, Mode, Session, Settings, Trace, Weights
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet.parity import Resolve
+from portnet_backends import timing
 
 
 def _exact(x: Array) -> Array:
     return x
+
+
+def _nothing() -> None:
+    """What there is to wait for."""
 
 
 def truncate_tf32(x: Array) -> Array:
@@ -72,11 +77,28 @@ class Reference(Backend):
             name=f"NumPy on {processor()}",
             precisions=tuple(_ARITHMETICS),
             versions={"numpy": np.__version__},
+            unified=True,
         )
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> "ReferenceSession":
         self.check(settings)
         return ReferenceSession(graph, weights, settings)
+
+    def ceilings(self, precision: str) -> Ceilings:
+        """NumPy's products and copies; those of the narrow precisions are float32's, in which they are emulated."""
+        self.check(Settings(precision=precision))
+        dtype = _ARITHMETICS[precision].dtype
+
+        def product(n: int) -> timing.Work:
+            rng = np.random.default_rng(n)
+            a, b = (rng.random((n, n), np.float32).astype(dtype) - dtype(0.5) for _ in range(2))
+            out = np.empty_like(a)
+            return lambda: np.matmul(a, b, out=out)
+
+        size = 2**28
+        source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+        copy = (lambda: np.copyto(target, source)), 2 * size
+        return timing.ceilings(product, (1024, 2048, 4096), copy, _nothing, budget=2.5)
 
 
 class ReferenceSession(Session):
@@ -103,6 +125,23 @@ class ReferenceSession(Session):
 
     def synchronize(self) -> None:
         """NumPy returns when the work is done."""
+
+    def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
+        """None: this is the host."""
+        return {}
+
+    def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
+        """Forward of every layer, in training with the masks of step 0 and ids 0, 1, ...; backward is not split."""
+        masks = self.masks(np.arange(len(images)), step=0) if labels is not None else None
+        found, x = {}, self.arithmetic.store(images.astype(self.arithmetic.dtype))
+        for layer in self.graph.layers:
+
+            def run(layer: Layer = layer, x: Array = x) -> Array:
+                return self.arithmetic.store(self._layer(layer, x, masks))
+
+            found[layer.name] = LayerTime(forward=timing.typical(run, _nothing, repeats=3))
+            x = run()
+        return found
 
     def infer(self, images: Array) -> Array:
         return self._forward(images, None)[-1]

@@ -12,8 +12,8 @@ Work = Callable[[], object]
 def blocks(work: Work, wait: Work, *, seconds: float, repeats: int, budget: float = float("inf")) -> list[float]:
     """Seconds that `work` takes, once per block; a block lasts `seconds` at least and ends in `wait`.
 
-    There are `repeats` blocks, or fewer (at least one) where they exceed `budget`, in seconds, which also covers
-    warming up: blocks are lengthened until one is long enough, and only what comes after that counts.
+    Warming up runs it once, and then ever longer blocks until one is long enough; that one is the first to count.
+    There are `repeats`, or fewer where they would exceed `budget`, in seconds, which covers the warming up too.
     """
 
     def block(times: int) -> float:
@@ -28,8 +28,8 @@ def blocks(work: Work, wait: Work, *, seconds: float, repeats: int, budget: floa
     block(1)
     while (taken := block(times)) < seconds:
         times = max(2 * times, min(16 * times, int(1.2 * times * seconds / max(taken, 1e-9))))
-    found = []
-    while len(found) < repeats and (not found or perf_counter() - start + taken < budget):
+    found = [taken / times]
+    while len(found) < repeats and perf_counter() - start + taken < budget:
         taken = block(times)
         found.append(taken / times)
     return found
@@ -66,8 +66,8 @@ def ceilings(
         bandwidth = max(rates)
     for n in sizes:
         left = budget - (perf_counter() - start)
-        # Warming up takes two and counting one.
-        if flops and 3 * max(2 * n**3 / flops, seconds) > left:
+        # One warms up and one counts at least.
+        if flops and 2 * max(2 * n**3 / flops, seconds) > left:
             break
         if (work_of_n := product(n)) is None:
             break
