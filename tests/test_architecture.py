@@ -26,7 +26,7 @@ FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in m
 
 # What the core may import besides Python's own library: its dependencies, none of which is a vendor's.
 NEUTRAL = {
-    *("numpy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"),
+    *("numpy", "scipy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"),
     *("psutil", "zeus"),
 }
 
