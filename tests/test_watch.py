@@ -128,6 +128,22 @@ def test_a_child_is_ours_while_it_lives_and_once_it_has_ended():
     assert own == pytest.approx(used, abs=0.1), "what it had spent before does not count"
 
 
+@linux
+def test_a_child_that_starts_between_blocks_is_found(monkeypatch):
+    monkeypatch.setattr(watch, "_RESCAN", 0.0)
+    seen = Watch()
+    with seen:
+        pass
+    with child() as burner:
+        with seen:
+            before = spent(burner.pid)
+            time.sleep(0.4)
+            used = spent(burner.pid) - before
+        found = seen.summary()
+    assert used > 0.05, "the child hardly ran"
+    assert found["foreign_cpu"]["own"] * found["seconds"] == pytest.approx(used, abs=0.1)
+
+
 def edge(**changed):
     usual = {"now": 0.0, "system": None, "own": 0.0, "reaped": 0.0, "live": {}, "usage": {}, "throttled": 0.0}
     return watch._Edge(**{**usual, **changed})
@@ -264,6 +280,26 @@ def test_faults_switches_and_peak_memory_of_the_blocks_alone():
 
 
 @linux
+def test_counts_are_not_mixed_up(monkeypatch):
+    """Nothing makes major faults and preemptions happen for sure, so the system is a fake one."""
+    calls = []
+
+    def usage(who):
+        n = len(calls)
+        calls.append(who)
+        counts = {"ru_minflt": n, "ru_majflt": 10 * n, "ru_nvcsw": 100 * n, "ru_nivcsw": 1000 * n}
+        return types.SimpleNamespace(**counts, ru_utime=0.0, ru_stime=0.0)
+
+    monkeypatch.setattr(watch.resource, "getrusage", usage)
+    seen = Watch()
+    with seen:
+        pass
+    found = seen.summary()
+    assert found["faults"] == {"minor": 2, "major": 20}
+    assert found["switches"] == {"voluntary": 200, "involuntary": 2000}
+
+
+@linux
 def test_peak_memory_is_our_own():
     """Linux hands ru_maxrss down to children."""
     large = np.ones(40_000_000)
@@ -345,7 +381,11 @@ def control(tmp_path, cgroup, mounts, files):
     return proc, groups
 
 
-V2 = "22 27 0:21 / /proc rw - proc proc rw\n30 23 0:26 / {} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+V2 = (
+    "22 27 0:21 / /proc rw - proc proc rw\n"
+    "30 23 0:26 / {} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+    "31 23 0:26 / {}/again rw - cgroup2 cgroup2 rw\n"
+)
 V1 = (
     "32 31 0:29 / {}/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
     "35 31 0:32 / {}/memory rw,relatime - cgroup cgroup rw,memory\n"
@@ -391,7 +431,7 @@ def test_paths_are_those_below_the_mounts_root(tmp_path, path, root, folder):
     files = {f"{folder}/cpu.max": "200000 100000\n"}
     proc, groups = control(tmp_path, f"0::{path}\n", V2.replace(" / {}", f" {root} {{}}"), files)
     assert watch._cpu_limits(proc) == (2, {groups / folder: 2.0})
-    assert watch._cgroups("cpu", proc)[1][-1] == groups
+    assert watch._cgroups("cpu", proc)[1] == ([groups] if folder == "." else [groups / folder, groups])
 
 
 def test_no_cgroups(tmp_path):
