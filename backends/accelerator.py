@@ -21,6 +21,10 @@ class Accelerator(TorchBackend):
     vendor: ClassVar[str] = "any that torch reports"
     priority: ClassVar[int] = 20
     note: ClassVar[str] = "not yet verified on hardware"
+    # Whether torch's own compiler knows the device is the vendor's matter, and so is the layout.
+    engines: ClassVar[tuple[str, ...]] = ("eager",)
+    formulations: ClassVar[tuple[str, ...]] = ("portable", "stock", "unfold")
+    layouts: ClassVar[tuple[bool, ...]] = (False,)
 
     def find(self, torch: "ModuleType") -> Device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

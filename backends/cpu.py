@@ -1,9 +1,11 @@
 """The host's processor, through PyTorch."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from portnet.contract import Backend, Device
+from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet_backends.torch_device import TorchBackend, versions
@@ -17,6 +19,35 @@ class Cpu(TorchBackend):
     vendor: ClassVar[str] = "any CPU"
     priority: ClassVar[int] = 10
     type: ClassVar[str] = "cpu"
+
+    def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        flags, precision = features(), settings.precision
+        without_amx = "AVX512_CORE_FP16" if "avx512_fp16" in flags else "AVX512_CORE_BF16"
+        # PyTorch's oneDNN has no path for these precisions on a processor with AVX2 alone.
+        below = f"below AVX-512 oneDNN takes no {precision}, and PyTorch's own fallback computes it"
+        return (
+            LibraryLayer(
+                name="amx",
+                title="AMX",
+                # oneDNN, "CPU Dispatcher Control"; without it, AMX would be taken wherever the processor has it.
+                environment={"ONEDNN_MAX_CPU_ISA": without_amx},
+                missing=no_amx(flags, precision),
+            ),
+            LibraryLayer(
+                name="avx512",
+                title="AVX-512 (and AMX): AVX2 remains",
+                # PyTorch's kernels and compiler, oneDNN, and oneMKL ("Instruction Set-Specific Dispatching"; on Intel's
+                # processors only).
+                environment={
+                    "ATEN_CPU_CAPABILITY": "avx2",
+                    "ONEDNN_MAX_CPU_ISA": "AVX2",
+                    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+                },
+                note=below if precision in ("bfloat16", "float16") else "",
+                missing="" if "avx512f" in flags else "the processor has no AVX-512, or does not say",
+            ),
+            LibraryLayer(name="onednn", title="oneDNN: PyTorch's own fallback remains"),
+        )
 
     def find(self, torch: "ModuleType") -> Device:
         return Device(
@@ -33,6 +64,26 @@ class Cpu(TorchBackend):
         from portnet_backends import cpu_telemetry
 
         return cpu_telemetry.read()
+
+
+@cache
+def features() -> frozenset[str]:
+    """The processor's instruction sets by Linux's names; empty where Linux does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((v.split() for k, _, v in (x.partition(":") for x in lines) if k.strip() == "flags"), ()))
+
+
+def no_amx(flags: frozenset[str], precision: str) -> str:
+    """Why nothing is computed on AMX, or nothing. oneDNN uses it for float32 only where TF32 or bfloat16 is allowed."""
+    if "amx_tile" not in flags:
+        return "the processor has no AMX, or does not say"
+    needed = {"bfloat16": "amx_bf16", "float16": "amx_fp16"}.get(precision)
+    if needed is None:
+        return f"{precision} is not computed on AMX"
+    return "" if needed in flags else f"the processor's AMX has no {precision}"
 
 
 @hookimpl

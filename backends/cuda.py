@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from portnet.contract import Backend, Device, Unavailable
+from portnet.contract import Backend, Device, LibraryLayer, Settings, Unavailable
 from portnet.hookspecs import hookimpl
 from portnet_backends.torch_device import INDEX, TorchBackend, versions, wrong_build
 
@@ -16,7 +16,20 @@ class Cuda(TorchBackend):
     vendor: ClassVar[str] = "NVIDIA"
     priority: ClassVar[int] = 60
     note: ClassVar[str] = "not yet verified on hardware"
+    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
     type: ClassVar[str] = "cuda"
+
+    def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        reasons = {"float32": "strict float32 uses none", "float64": "nothing keeps float64 from those that have it"}
+        return (
+            LibraryLayer(
+                name="tensor-cores",
+                title="tensor cores: strict float32 remains",
+                replace={"precision": "float32"},
+                missing=reasons.get(settings.precision, ""),
+            ),
+            LibraryLayer(name="cudnn", title="cuDNN: PyTorch's own fallback remains, a loop over images on cuBLAS"),
+        )
 
     def find(self, torch: "ModuleType") -> Device:
         # A ROCm build calls its devices "cuda" too; only torch.version tells them apart.

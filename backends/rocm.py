@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from portnet.contract import Backend, Device, Unavailable
+from portnet.contract import Backend, Device, LibraryLayer, Settings, Unavailable
 from portnet.hookspecs import hookimpl
 from portnet_backends.torch_device import INDEX, TorchBackend, versions, wrong_build
 
@@ -16,7 +16,22 @@ class Rocm(TorchBackend):
     vendor: ClassVar[str] = "AMD"
     priority: ClassVar[int] = 50
     note: ClassVar[str] = "not yet verified on hardware"
+    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
     type: ClassVar[str] = "cuda"
+
+    def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        wide = settings.precision in ("float32", "float64")
+        return (
+            LibraryLayer(
+                name="matrix-cores",
+                title="narrow formats of the matrix cores: strict float32 remains",
+                replace={"precision": "float32"},
+                note="the matrix cores of AMD Instinct compute float32 too, and go on doing so",
+                missing=f"{settings.precision} is no narrow format" if wide else "",
+            ),
+            # ROCm's torch hears torch.backends.cudnn and means MIOpen (its source: "disable CuDNN/MIOpen").
+            LibraryLayer(name="miopen", title="MIOpen: PyTorch's own fallback remains, a loop over images on BLAS"),
+        )
 
     def find(self, torch: "ModuleType") -> Device:
         if not torch.version.hip:

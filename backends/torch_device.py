@@ -7,7 +7,18 @@ is loaded by `open`.
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from portnet.contract import Backend, Ceilings, Device, Mode, Session, Settings, Unavailable, Unsupported, Weights
+from portnet.contract import (
+    Backend,
+    Ceilings,
+    Device,
+    LibraryLayer,
+    Mode,
+    Session,
+    Settings,
+    Unavailable,
+    Unsupported,
+    Weights,
+)
 from portnet.graph import LRN, Graph
 
 if TYPE_CHECKING:
@@ -47,6 +58,24 @@ class TorchBackend(Backend):
             ) from error
         return self.find(torch)
 
+    def library_layers(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        return (*engine_layers(settings), *self.libraries(settings), *self.rungs(settings))
+
+    def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        """What of the vendor's software stands between the engine and the rungs below it."""
+        return ()
+
+    def rungs(self, settings: Settings) -> tuple[LibraryLayer, ...]:
+        """The formulations that use less of the library than that of `settings`, from most to least."""
+        titles = {
+            "unfold": "convolution library: one unfold and one matrix product each",
+            "direct": "convolution and matrix library of convolutions: plain loops from torch's compiler",
+        }
+        names = [name for name in titles if name in self.formulations]
+        if settings.formulation in names:
+            names = names[names.index(settings.formulation) + 1 :]
+        return tuple(LibraryLayer(name=name, title=titles[name], replace={"formulation": name}) for name in names)
+
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         self.check(settings)
         if (settings.precision, settings.formulation) == ("float16", "stock") and any(
@@ -67,6 +96,15 @@ class TorchBackend(Backend):
         from portnet_backends import torch_probe
 
         return torch_probe.ceilings(torch.device(self.device_type()), self.synchronize, precision)
+
+
+ENGINES = {"compile": "compiled kernels (torch.compile)", "graph": "graph capture"}
+
+
+def engine_layers(settings: Settings) -> tuple[LibraryLayer, ...]:
+    """The engine, where it is not the plain one."""
+    name = settings.engine
+    return (LibraryLayer(name=name, title=ENGINES[name], replace={"engine": "eager"}),) if name in ENGINES else ()
 
 
 def versions(torch: "ModuleType", **more: object) -> dict[str, str]:
