@@ -37,9 +37,9 @@ SHARED = {"torch_device", "timing", *LOADED_BY_OPEN}
 # What each vendor's file may import besides numpy; all other files of backends, torch.
 VENDOR = {
     "reference": set(),
-    "onnxruntime_ep": {"onnxruntime"},
-    "cuda_telemetry": {"pynvml"},
-    "rocm_telemetry": {"amdsmi"},
+    "onnxruntime_ep": {"onnxruntime", "onnx"},
+    "cuda_telemetry": {"torch", "pynvml"},
+    "rocm_telemetry": {"torch", "amdsmi"},
     "cpu_telemetry": set(),
 }
 
