@@ -265,8 +265,8 @@ def _masks(backend: Backend, precision: str) -> str:
 def _waits(backend: Backend, precision: str, mode: str) -> str:
     case, other = _small(16), parity.Case(_small().graph, batch=16, seed=1)
     session = _open(backend, case, precision)
-    run, right = clock.work(session, mode, *((c.images, c.labels, c.ids) for c in (case, other)))
-    seen = clock.fetch_test(session, run, right)
+    work = clock.Work(session, mode, *((c.images, c.labels, c.ids) for c in (case, other)))
+    seen = clock.examine(work, seconds=0.1, repeats=3)
     session.close()
     _require(seen.honest, str(seen))
     return str(seen)

@@ -17,8 +17,10 @@ FLOORS = [
     {"hookspecs", "weights", "images", "stats", "watch", "lockin"},
     {"parity", "onnx_export", "training", "clock", "report"},
     {"plugins"},
-    {"measure", "conformance"},
-    {"launch", "model"},
+    {"cache", "conformance"},
+    {"workload"},
+    {"measurement", "model"},
+    {"launch"},
     {"__init__"},
     {"cli"},
 ]
@@ -27,7 +29,7 @@ FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in m
 # What the core may import besides Python's own library: its dependencies, none of which is a vendor's.
 NEUTRAL = {
     *("numpy", "scipy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"),
-    *("psutil", "zeus"),
+    *("psutil", "zeus", "platformdirs"),
 }
 
 # Files of backends that are nobody's: what every torch device shares.

@@ -156,8 +156,8 @@ def test_the_length_of_blocks_is_not_what_tells():
     case = parity.Case(alexnet.graph("paper2012", image_size=67, classes=10), batch=4)
     session = FakeNoOpSession(case.gated, case.weights, case.settings("float32"))
     other = parity.Case(case.graph, batch=4, seed=1)
-    run, right = clock.work(session, "infer", *((c.images, c.labels, c.ids) for c in (case, other)))
-    seen = clock.fetch_test(session, run, right, seconds=0.1, repeats=3)
+    work = clock.Work(session, "infer", *((c.images, c.labels, c.ids) for c in (case, other)))
+    seen = clock.examine(work, seconds=0.1, repeats=3)
     assert seen.right
     assert min(seen.last) > 10 * max(seen.idle)
     assert not seen.honest

@@ -1,0 +1,231 @@
+"""What is measured: a model, batches for it, and what proves that a session computes it.
+
+AlexNet from its graph is the built-in one. `measurement` assumes nothing but what stands in `Workload`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from portnet import alexnet, cache, images, parity, plugins, training, weights
+from portnet.clock import Inputs
+from portnet.contract import Backend, Session, Settings, Unavailable, Unsupported
+from portnet.graph import Cost, Graph
+from portnet.parity import Verdict
+from portnet.record import Spec
+
+Say = Callable[[str], None]
+"""Told what the measurement is doing, one short line at a time."""
+
+PARITY_BATCH = 2
+EQUALS = "cpu"
+"""The backend whose runs show how far equals drift, once it has passed the gate."""
+
+ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a stored activation or operand."""
+_COARSER = {"bfloat16": 2.0**15, "float16": 2.0**12, "tf32": 2.0**12}
+"""A rounding to that precision as a multiple of a step between float32 neighbours."""
+
+
+class Workload(ABC):
+    """A model with a batch maker and a loss."""
+
+    @abstractmethod
+    def open(self, backend: Backend, settings: Settings) -> Session:
+        """The model with its initial weights on the device."""
+
+    @abstractmethod
+    def verdict(self, backend: Backend, settings: Settings) -> Verdict:
+        """The parity gate, on fresh sessions."""
+
+    @abstractmethod
+    def batches(self, batch: int) -> Iterator[Inputs]:
+        """Host batches of that size without end, made as training makes them."""
+
+    def costs(self, batch: int, *, training: bool, precision: str) -> Mapping[str, Cost]:
+        """The least work of each layer; empty where it is not known."""
+        return {}
+
+    def curve(self, backend: Backend, settings: Settings, say: Say) -> dict[str, Any]:
+        """The same training: the stack's losses, those of equals, and the digest of the weights; empty if there is
+        none."""
+        return {}
+
+
+class AlexNet(Workload):
+    """The graph of `spec`, on its data."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    @cached_property
+    def data(self) -> images.Splits:
+        return images.load(self.spec.data)
+
+    def graph_of(self, size: int) -> Graph:
+        """The network for images of that many pixels a side."""
+        return alexnet.graph(self.spec.preset, image_size=size, classes=self.spec.classes, mean=self.data.train.mean)
+
+    @cached_property
+    def graph(self) -> Graph:
+        return self.graph_of(self.spec.image_size)
+
+    @cached_property
+    def start(self) -> dict[str, Any]:
+        return weights.initial(self.graph, self.spec.seed)
+
+    def open(self, backend: Backend, settings: Settings) -> Session:
+        return backend.open(self.graph, self.start, settings)
+
+    def verdict(self, backend: Backend, settings: Settings) -> Verdict:
+        train, batch = self.spec.mode == "train", self.spec.batch
+        return _gate(self.graph, backend, settings, batch=1 if self.spec.mode == "serve" else batch, train=train)
+
+    def batches(self, batch: int) -> Iterator[Inputs]:
+        epoch = 0
+        while True:
+            if batch > len(self.data.train):
+                yield self._tiled(batch, epoch)
+            else:
+                for b in images.training_batches(
+                    self.data.train, self.graph, seed=self.spec.seed, epoch=epoch, batch=batch
+                ):
+                    yield b.images, b.labels, b.ids
+            epoch += 1
+
+    def _tiled(self, batch: int, epoch: int) -> Inputs:
+        """More images than the data set has: all of it several times over."""
+        count = len(self.data.train)
+        b = next(images.training_batches(self.data.train, self.graph, seed=self.spec.seed, epoch=epoch, batch=count))
+        index = np.arange(batch) % count
+        return b.images[index], b.labels[index], b.ids[index]
+
+    def costs(self, batch: int, *, training: bool, precision: str) -> Mapping[str, Cost]:
+        return self.graph.costs(batch, training=training, itemsize=ITEMSIZE[precision])
+
+    def curve(self, backend: Backend, settings: Settings, say: Say) -> dict[str, Any]:
+        spec = self.spec
+        graph = self.graph_of(spec.curve_size)
+        start = weights.initial(graph, spec.seed)
+        return {
+            "losses": self._fit(graph, backend, settings, start, "training", say),
+            "perturbed": self._equals(graph, settings, start, say),
+            "weights": weights.digest(start),
+        }
+
+    def _fit(
+        self, graph: Graph, backend: Backend, settings: Settings, start: Mapping[str, Any], label: str, say: Say
+    ) -> list[float]:
+        spec = self.spec
+        session = backend.open(graph, start, settings)
+        losses = training.fit(
+            session,
+            training.training_batches(self.data, graph, seed=spec.seed, batch=spec.curve_batch, steps=spec.curve_steps),
+            learning_rate=graph.recipe.learning_rate,
+            on_step=lambda step, loss: say(f"{label}, step {step} of {spec.curve_steps}, loss {loss:.3f}"),
+        )
+        session.close()
+        return losses
+
+    def _equals(self, graph: Graph, settings: Settings, start: Mapping[str, Any], say: Say) -> list[list[float]]:
+        """Runs of an equal, from the same weights and from weights one rounding away; made once per machine."""
+        spec = self.spec
+        count = spec.perturbed
+        if not count:
+            return []
+        backend = plugins.backends()[EQUALS]
+        try:
+            device = plugins.probe(backend)
+        except Unavailable:
+            backend = plugins.backends()["reference"]
+            device = plugins.probe(backend)
+        precision = settings.precision if settings.precision in device.precisions else "float32"
+        plain = Settings(precision=precision, seed=spec.seed)
+        coarser = _COARSER.get(settings.precision, 1.0)
+
+        def make() -> list[list[float]]:
+            verdict = _gate(graph, backend, plain, batch=spec.curve_batch, train=True)
+            if not verdict.passed:
+                raise Unsupported(f"{backend.name}, which shows how far equals drift, is wrong: {verdict}")
+            runs = []
+            for run in range(count):
+                label = f"how far equals drift, run {run + 1} of {count}"
+                moved = {
+                    n: start[n] + (w - start[n]) * np.float32(coarser) for n, w in weights.perturbed(start, run).items()
+                }
+                runs.append(self._fit(graph, backend, plain, moved if run else start, label, say))
+            return runs
+
+        key = repr((graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser, device))
+        found: list[list[float]] = cache.text("equals", key, make)
+        return found
+
+
+def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, train: bool) -> Verdict:
+    if parity.is_oracle(backend) and settings.precision == "float64":
+        return Verdict()
+    case = parity.Case(graph, batch=PARITY_BATCH, seed=settings.seed)
+    expected = cache.expect(case, settings.precision, train=train)
+    session = backend.open(case.gated, case.weights, settings)
+    verdict = parity.judge(expected, session, train=train)
+    session.close()
+    # What is timed runs at another batch size, for which a library may choose another algorithm.
+    session = backend.open(case.gated, case.weights, settings)
+    tiled = parity.judge_tiled(expected, session, -(-batch // PARITY_BATCH), train=train)
+    session.close()
+    return parity.join([("", verdict), (f"batch {batch}:", tiled)])
+
+
+def workload(spec: Spec) -> Workload:
+    """The workload that a spec names."""
+    return AlexNet(spec)
+
+
+def effective(backend: Backend, spec: Spec) -> tuple[Settings, dict[str, str]]:
+    """The settings in force once the spec's library layers are taken away, and the process's environment for them.
+
+    Raises `Unsupported` for a layer that the backend does not have, or that is not there to be taken away.
+    """
+    settings = Settings(
+        precision=spec.precision,
+        formulation=spec.formulation,
+        seed=spec.seed,
+        engine=spec.engine,
+        channels_last=spec.channels_last,
+    )
+    known = {layer.name: layer for layer in backend.library_layers(settings)}
+    environment: dict[str, str] = {}
+    by_session = []
+    for name in spec.without:
+        if name not in known:
+            raise Unsupported(f"{backend.name} has no layer {name!r} to take away; it has {', '.join(known) or 'none'}")
+        layer = known[name]
+        if layer.missing:
+            raise Unsupported(f"{name!r} cannot be taken away: {layer.missing}")
+        environment |= layer.environment
+        settings = replace(settings, **layer.replace)
+        if not layer.environment and not layer.replace:
+            by_session.append(name)
+    return replace(settings, without=tuple(by_session)), environment
+
+
+def curve_verdict(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the losses lie inside the envelope of equals, widened by its own width on either side.
+
+    The width at a step is the widest so far. Of eight runs that differ by rounding alone, a ninth leaves their range at
+    two steps in nine; the widening makes that one in some ten thousand for a normal spread.
+    """
+    losses, equals = training["losses"], training["perturbed"]
+    width, worst, at = 0.0, 0.0, 0
+    for step, (loss, *others) in enumerate(zip(losses, *equals, strict=True)):
+        low, high = min(others), max(others)
+        # Where equals agree to the last bit there is the rounding of the loss itself.
+        width = max(width, high - low, 1e-5 * high)
+        outside = max(low - loss, loss - high, 0.0) / width
+        if outside > worst:
+            worst, at = outside, step
+    return {"passed": worst <= 1, "share": worst, "step": at, "runs": len(equals)}
