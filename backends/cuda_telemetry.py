@@ -76,7 +76,7 @@ def _device() -> tuple[Any, Any] | None:
         return None
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
+    properties: Any = torch.cuda.get_device_properties(0)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -84,7 +84,7 @@ def _device() -> tuple[Any, Any] | None:
         return None
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
+    properties: Any = torch.cuda.get_device_properties(0)
     if not hasattr(properties, "pci_bus_id"):
         return None
     place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

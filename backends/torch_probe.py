@@ -136,7 +136,7 @@ def _layer_time(
     seconds: float,
     repeats: int,
 ) -> LayerTime:
-    parameters = dict(layer.named_parameters())
+    parameters: dict[str, Tensor] = dict(layer.named_parameters())
     given = (x,) if mask is None else (x, mask)
     autocast = session.narrow and session.stock
     recast = parameters and session.narrow and not session.stock
@@ -194,9 +194,9 @@ def fallbacks(device: torch.device, wait: Callable[[], None], run: Callable[[], 
 
 def fallen(events: Any) -> dict[str, int]:
     """`fallbacks` from the profiler's events, which know their `name` and `cpu_parent`."""
-    tops = {}
+    tops: dict[int, str] = {}
     for event in events:
-        above, top = (event.cpu_parent, None) if event.name == "aten::_to_cpu" else (None, None)
+        above, top = event.cpu_parent if event.name == "aten::_to_cpu" else None, None
         while above is not None:
             top, above = (above if above.name.startswith("aten::") else top), above.cpu_parent
         if top is not None:

@@ -10,12 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_probes import fake_amd, fake_intel, fake_nvidia, fake_torch
 
 from portnet.contract import Ceilings, Settings, Unsupported
 from portnet.graph import LRN, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU
 from portnet_backends import timing, torch_probe
 from portnet_backends.cpu import Cpu
+from portnet_backends.cuda import Cuda
+from portnet_backends.mps import Mps
 from portnet_backends.reference import Reference
+from portnet_backends.rocm import Rocm
+from portnet_backends.xpu import Xpu
 
 CPU = torch.device("cpu")
 
@@ -280,6 +285,34 @@ def test_the_work_of_a_layer_is_its_own(monkeypatch):
     assert (y.shape, dw.shape, dx.shape, dx.dtype) == ((4, 5), (5, 288), (4, 288), torch.bfloat16)
 
 
+def test_a_compiled_sessions_layers_are_compiled_singly(monkeypatch):
+    compiled = []
+
+    def spy(function):
+        compiled.append(function)
+        return function
+
+    s = session(engine="compile")
+    monkeypatch.setattr(torch_probe, "_compiled", spy)
+    torch_probe.layer_times(s, images(), training=False, seconds=1e-4, repeats=1)
+    assert len(compiled) == len(NAMES)
+    torch_probe.layer_times(session(), images(), training=False, seconds=1e-4, repeats=1)
+    assert len(compiled) == len(NAMES)
+
+
+def test_a_compiled_layer_runs_backward_again_and_again():
+    """Which torch forbids where compiled code may reuse what it kept."""
+    graph = Graph(
+        preset="two",
+        input=(3,),
+        layers=(Linear(name="fc1", in_features=3, out_features=4), ReLU(name="relu1")),
+    )
+    weights = {name: np.ones(shape, np.float32) for name, shape in graph.parameters.items()}
+    s = Cpu().open(graph, weights, Settings(engine="compile"))
+    found = torch_probe.layer_times(s, np.ones((2, 3), np.float32), training=True, seconds=1e-4, repeats=2)
+    assert all(t.forward > 0 and t.backward > 0 for t in found.values())
+
+
 def test_the_reference_times_its_layers():
     found = session(Reference()).layer_times(images(1), np.zeros(1, np.int64))
     assert list(found) == NAMES
@@ -389,3 +422,21 @@ def test_fallbacks_of_a_fake_device_of_torchs_own():
     assert literal_eval(lines["training"]) == {"relu": 1, "max_pool2d": 1, "convolution_backward": 1}
     assert lines["right"] == "True"
     assert done.stderr == ""
+
+
+# Memory that host and device share.
+
+
+def test_unified_memory_where_torch_tells():
+    amd, nvidia, intel = fake_amd(), fake_nvidia(), fake_intel(fp64=False)
+    cuda, rocm = fake_torch(cuda="13.0", gpu=nvidia), fake_torch(hip="7.2", gpu=amd)
+    found = {
+        "cuda": lambda: Cuda().find(cuda),
+        "rocm": lambda: Rocm().find(rocm),
+        "xpu": lambda: Xpu().find(fake_torch(xpu=intel, xpu_built=True)),
+    }
+    assert not any(find().unified for find in found.values())
+    nvidia.is_integrated = amd.is_integrated = intel.is_integrated_gpu = 1
+    assert all(find().unified is True for find in found.values())
+    assert Mps().find(fake_torch(mps=(True, True))).unified
+    assert all(backend.probe().unified for backend in (Cpu(), Reference()))
