@@ -182,7 +182,9 @@ class FakeGraph(TorchDispatchMode):
         infos = [argument.alias_info for argument in func._schema.arguments]
         self.undo += [(a, a.clone()) for a, info in zip(args, infos, strict=False) if info and info.is_write]
         out = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, out, any(r.alias_info for r in func._schema.returns)))
+        memory = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        shared = isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() in memory
+        self.calls.append((func, args, kwargs, out, shared))
         return out
 
     def replay(self):
@@ -341,14 +343,13 @@ def test_direct_calls_no_library():
     s = session(CONVOLUTIONS, formulation="direct")
     images = s.put(batch()[0])
     parameters = list(s.parameters.values())
-    s.infer(images)
 
     def run():
         s.infer(images)
         torch.autograd.grad(s.module(images).sum(), parameters)
 
     run()
-    seen = operators(run)
+    seen = [name for name in operators(run) if name.startswith(("aten::", "mkldnn::"))]
     assert any("pool" in name for name in seen)
     assert not [name for name in seen if any(word in name for word in ("conv", "mkldnn", "mm", "im2col", "matmul"))]
 
