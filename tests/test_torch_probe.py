@@ -304,12 +304,15 @@ def test_a_compiled_layer_runs_backward_again_and_again():
     """Which torch forbids where compiled code may reuse what it kept."""
     graph = Graph(
         preset="two",
-        input=(3,),
-        layers=(Linear(name="fc1", in_features=3, out_features=4), ReLU(name="relu1")),
+        input=(3, 4, 4),
+        layers=(
+            Conv(name="conv1", in_channels=3, out_channels=4, kernel=1),
+            LRN(name="norm1", alpha=0.5, k=2.0),
+        ),
     )
     weights = {name: np.ones(shape, np.float32) for name, shape in graph.parameters.items()}
     s = Cpu().open(graph, weights, Settings(engine="compile"))
-    found = torch_probe.layer_times(s, np.ones((2, 3), np.float32), training=True, seconds=1e-4, repeats=2)
+    found = torch_probe.layer_times(s, np.ones((2, 3, 4, 4), np.float32), training=True, seconds=1e-4, repeats=2)
     assert all(t.forward > 0 and t.backward > 0 for t in found.values())
 
 
