@@ -209,8 +209,11 @@ def fake_capture(run):
             tensor.copy_(was)
         output.fill_(torch.nan)  # a capture computes nothing
 
+    counted = tuple(t for t, _ in graph.undo if not t.is_inference())
+
     def replay():
-        with torch.no_grad():
+        # A device's replay is nothing that torch's version counters see.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(counted):
             graph.replay()
 
     return replay, output
