@@ -255,6 +255,8 @@ def test_layers_are_timed_as_the_session_is_set(monkeypatch):
 
     def spy(work, wait, **_):
         seen.append((torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision))
+        # Compiled code that may reuse what it kept cannot run backward twice.
+        assert not torch._functorch.config.donated_buffer
         return real(work, wait, seconds=1e-4, repeats=1)
 
     monkeypatch.setattr(timing, "typical", spy)
