@@ -1,15 +1,17 @@
 """What one measurement asked for and found: one JSON file, named by the SHA-256 of its content.
 
-Files from many machines are merged by putting them into one folder. A damaged one is named and refused, and the
-others are used. The hash finds damage, not forgery.
+Files from many machines are merged by putting them into one folder, or by naming several; what is there twice counts
+once. A damaged one is named and refused, and the others are used. The hash finds damage, not forgery: whoever writes
+another content can write its hash too. ``docs/records.md`` tells the fields, ``docs/record.schema.json`` their form.
 """
 
 import hashlib
 import json
-import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,9 @@ class Record:
       seconds; ``fallbacks`` operations by name; ``trend`` the drift of the blocks.
     - `training` holds the loss before each step, in nats, and in `perturbed` the losses of equals that began one
       rounding away. `weights` is the SHA-256 of the curve's initial weights.
-    - `samples` holds, for the mode, the seconds of every timed block, its steps, and the images in a step; and of the
-      warm-up before them. `times` are the seconds to the first step, and of whole steps with their input.
+    - `samples` holds, for the mode, the seconds of every timed block, its steps, and the images in a step (`batch`);
+      and in `warm_up` the seconds of the blocks before them. `times` are the seconds to the first step, and of whole
+      steps with their input.
     - `ceilings` are FLOP/s and bytes/s; `layers` each layer's least work, floor and times in seconds; `serving` what a
       serving user asks.
     """
@@ -140,80 +143,293 @@ class Record:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the record into a folder, which is made if need be; returns its path. Raises `RecordError`."""
-        folder = Path(folder)
+        """Write the record into a folder, which is made if need be; returns its path.
+
+        Once this returns, the file is there whole; whenever the process dies before, it is there whole or not at all.
+        Raises `RecordError`, also for what `read` would refuse.
+        """
+        folder, text = Path(folder), self.to_json()
+        try:
+            _checked(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"the record of {self.spec.stack} could not be read again: {error}") from error
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecordError(f"cannot make the folder {folder}: {error}") from error
-        return write_atomically(folder / f"{self.digest}.json", self.to_json().encode(), RecordError)
+        content = text.encode()
+        return write_atomically(folder / f"{hashlib.sha256(content).hexdigest()}.json", content, RecordError)
+
+
+class Refused(RecordError):
+    """A file that is not used: its `path`, and the `kind` of trouble.
+
+    ``missing``, ``unreadable``, ``foreign`` (not named by a SHA-256), ``damaged`` (its content has another SHA-256 than
+    its name), ``unknown schema``, or ``malformed`` (whole, but not in the form of its schema).
+    """
+
+    def __init__(self, path: Path, kind: str, message: str):
+        super().__init__(message)
+        self.path, self.kind = path, kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A record and every file that holds it."""
+
+    record: Record
+    paths: tuple[Path, ...]
 
 
 def read(path: str | os.PathLike[str]) -> Record:
-    """The record in a file. Raises `RecordError` where its content is not what its name says, or of another schema."""
+    """The record in a file. Raises `Refused` where its content is not what its name says, or of another form."""
     path = Path(path)
     try:
+        if not path.is_file():  # reading a pipe could take for ever
+            raise OSError("it is no regular file")
         content = path.read_bytes()
     except OSError as error:
-        raise RecordError(f"cannot read {path}: {error}") from error
+        raise Refused(path, "unreadable", f"cannot read {path}: {error}") from error
+    if not re.fullmatch("[0-9a-f]{64}", path.stem):
+        raise Refused(path, "foreign", f"{path} is foreign: a record's name is the SHA-256 of its content, then .json")
     if hashlib.sha256(content).hexdigest() != path.stem:
-        raise RecordError(f"{path} is damaged: its content does not have the SHA-256 that its name says")
+        told = f"{path} is damaged: its content does not have the SHA-256 that its name says; copy it again"
+        raise Refused(path, "damaged", told)
     try:
         held = json.loads(content)
-        schema = held.pop("schema")
+        schema = held["schema"]
         if schema == SCHEMA:
-            return _checked(Record(**{**held, "spec": Spec(**held["spec"])}))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RecordError) as error:
-        raise RecordError(f"{path} is no record: {type(error).__name__}: {error}") from error
-    raise RecordError(f"{path} is of schema {schema!r}; this version reads {SCHEMA}")
+            return _checked(held)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(path, "malformed", f"{path} is no record: {type(error).__name__}: {error}") from error
+    raise Refused(path, "unknown schema", f"{path} is of schema {schema!r:.80}; this version reads {SCHEMA}")
 
 
-def _checked(record: Record) -> Record:
-    """The record; raises `TypeError` or `ValueError` where what figures are made from has another form than ours."""
-    spec = Spec(backend="")
-    for f in fields(Spec):
-        _same_type(f"spec.{f.name}", getattr(record.spec, f.name), getattr(spec, f.name))
-    empty = Record(spec=spec, outcome="not measured")
-    for f in fields(Record)[1:]:
-        _same_type(f.name, getattr(record, f.name), getattr(empty, f.name))
-    losses, perturbed = record.training.get("losses", []), record.training.get("perturbed", [])
-    for curve in (losses, *perturbed):
-        _same_type("a curve in training", curve, [])
-        _finite("a curve in training", curve)
-        if len(curve) != len(losses):
-            raise ValueError(f"curves in training must be equally long, got {len(curve)} and {len(losses)} steps")
-    for mode, timed in record.samples.items():
-        _same_type(f"samples.{mode}.seconds", timed["seconds"], [])
-        _finite(f"samples.{mode}", measured := [timed["steps"], timed["batch"], *timed["seconds"]])
-        if len(measured) < 3 or min(measured) <= 0:
-            raise ValueError(f"samples.{mode} must hold positive steps, batch and seconds")
-    for finding in record.gates.get("parity", {}).get("findings", []):
-        _same_type("the name of a tensor in gates.parity", finding["what"], "")
-        _finite(finding["what"], [finding["error"], finding["allowed"]])
-    record.to_json()
-    return record
+def search(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[Refused]]:
+    """Every record in the given files and folders, in the order of their names, and the files that were refused.
 
-
-def _same_type(name: str, value: object, example: object) -> None:
-    if type(value) is not type(example):
-        raise TypeError(f"{name} must be {type(example).__name__}, got {value!r:.80}")
-
-
-def _finite(name: str, values: Sequence[object]) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} must hold finite numbers, got {value!r:.80}")
+    In folders (not those inside them) every ``*.json`` counts whose name does not begin with a dot. Equal records are
+    one, wherever they lie.
+    """
+    found: dict[str, Found] = {}
+    refused, seen = [], set()
+    for given in map(Path, paths):
+        try:
+            if not given.exists():
+                raise Refused(given, "missing", f"no file or folder {given}")
+            inside = sorted(given.iterdir()) if given.is_dir() else [given]
+        except Refused as error:
+            refused.append(error)
+            continue
+        except OSError as error:
+            refused.append(Refused(given, "unreadable", f"cannot read {given}: {error}"))
+            continue
+        for path in inside:
+            # Hidden files are none of ours: macOS puts "._name" beside a name on other systems' disks.
+            if path != given and (path.suffix != ".json" or path.name.startswith(".")):
+                continue
+            if (real := os.path.realpath(path)) in seen:
+                continue
+            seen.add(real)
+            try:
+                record = read(path)
+            except Refused as error:
+                refused.append(error)
+                continue
+            earlier = found.get(record.digest)
+            found[record.digest] = Found(record=record, paths=(*(earlier.paths if earlier else ()), path))
+    return list(found.values()), refused
 
 
 def read_all(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], Sequence[RecordError]]:
     """Every record in the given files and folders, in the order of their names, and what was wrong with the others."""
-    records, problems = {}, []
-    for given in map(Path, paths):
-        if not given.exists():
-            problems.append(RecordError(f"no file or folder {given}"))
-        for path in sorted(given.glob("*.json")) if given.is_dir() else [given] if given.exists() else []:
-            try:
-                records[path.stem] = read(path)
-            except RecordError as error:
-                problems.append(error)
-    return list(records.values()), problems
+    found, refused = search(paths)
+    return [f.record for f in found], refused
+
+
+# The form of a record, as JSON Schema has it. It is both published and what `_checked` goes by.
+
+_Form = Mapping[str, Any]
+
+_LARGEST = 1e300
+"""Beyond it a sum or a square of two numbers would be no number."""
+_DEPTH = 8
+"""How deep that may be nested whose form is not laid down: vendors' versions, telemetry."""
+_ANY = {"$ref": f"#/$defs/any{_DEPTH}"}
+
+
+def _number(low: float = -_LARGEST, high: float = _LARGEST, *, kind: str = "number", null: bool = False) -> _Form:
+    return {"type": [kind, "null"] if null else kind, "minimum": low, "maximum": high}
+
+
+def _list(items: _Form, at_least: int = 0) -> _Form:
+    return {"type": "array", "items": items, "minItems": at_least}
+
+
+def _map(values: _Form) -> _Form:
+    return {"type": "object", "additionalProperties": values}
+
+
+def _object(required: Sequence[str] = (), **properties: _Form) -> _Form:
+    """Of these properties, and any others: what a later version adds is kept, and no figure is made from it."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": _ANY}
+
+
+_TEXT, _TRUTH = {"type": "string"}, {"type": "boolean"}
+_COUNT = _number(0, 2**53, kind="integer")
+_POSITIVE_COUNT = _number(1, 2**53, kind="integer")
+_SIZE, _MAYBE_SIZE = _number(0), _number(0, null=True)
+_DURATION = _number(1e-9, 1e12)
+"""Seconds of work. No clock resolves less than a nanosecond, and a rate made from it stays finite."""
+_SPENT = _number(0, 1e12)
+"""Seconds that may be none, as those of a fetch may."""
+_MAYBE_RATE = _number(1e-9, 1e30, null=True)
+
+_CLOCK = _object(
+    steps=_POSITIVE_COUNT, blocks=_list(_SPENT), idle=_list(_SPENT), last=_list(_SPENT), right=_TRUTH,
+    longer=_list(_SIZE), unseen=_list(_SIZE), events=_list(_SIZE), share=_MAYBE_SIZE, honest=_TRUTH,
+)  # fmt: skip
+_TIMED = _object(
+    ("batch", "steps", "seconds"),
+    batch=_POSITIVE_COUNT, steps=_POSITIVE_COUNT, seconds=_list(_DURATION, 1), warm_up=_list(_DURATION),
+)  # fmt: skip
+_CEILINGS = _object(flops=_MAYBE_RATE, bandwidth=_MAYBE_RATE, samples=_map(_list(_number(1e-9, 1e30))))
+
+_FORMS: Mapping[str, _Form] = {
+    "device": _object(name=_TEXT, vendor=_TEXT, memory=_number(0, 2**63, kind="integer", null=True)),
+    "environment": _object(date=_TEXT),
+    "round": _object(
+        series=_TEXT, number=_COUNT, reruns=_COUNT, beside=_list(_TEXT), probe=_list(_DURATION), rejected=_TRUTH
+    ),
+    "gates": _object(
+        parity=_object(
+            passed=_TRUTH, oracle=_TRUTH,
+            findings=_list(_object(("what", "error", "allowed"), what=_TEXT, error=_SIZE, allowed=_SIZE)),
+        ),
+        curve=_object(passed=_TRUTH, share=_SIZE, step=_COUNT, runs=_COUNT),
+        clock=_map(_CLOCK),
+        fallbacks=_object(known=_TRUTH, operations=_map(_COUNT)),
+        warm_up=_object(steady_from=_number(0, 2**53, kind="integer", null=True), blocks=_COUNT),
+        trend=_object(change=_number(), low=_number(null=True), high=_number(null=True), unsteady=_TRUTH),
+    ),
+    "training": _object(losses=_list(_number()), perturbed=_list(_list(_number()))),
+    "samples": _map(_TIMED),
+    "times": _map({**_MAYBE_SIZE, "type": ["number", "array", "null"], "items": _SPENT}),
+    "ceilings": {
+        **_CEILINGS,
+        "properties": {**_CEILINGS["properties"], "after": {**_CEILINGS, "type": ["object", "null"]}},
+    },
+    "layers": _map(
+        _object(flops=_SIZE, bytes=_SIZE, floor=_MAYBE_SIZE, forward=_MAYBE_SIZE, backward=_MAYBE_SIZE)
+    ),
+    "serving": _object(
+        latencies=_list(_DURATION), p50=_MAYBE_SIZE, p90=_MAYBE_SIZE, p99=_MAYBE_SIZE,
+        bus=_object(to_device=_MAYBE_RATE, to_host=_MAYBE_RATE),
+        sweep=_map(_object(("steps", "seconds"), steps=_POSITIVE_COUNT, seconds=_list(_DURATION, 1))),
+        largest_batch=_number(0, 2**53, kind="integer", null=True),
+    ),
+    "watch": _object(blocks=_COUNT, seconds=_SPENT),
+}  # fmt: skip
+"""Of the fields that are mappings; `effective` has none."""
+
+_TYPES: Mapping[Any, _Form] = {
+    str: _TEXT,
+    bool: _TRUTH,
+    int: _number(0, 2**64 - 1, kind="integer"),
+    tuple[str, ...]: _list(_TEXT),
+    Mapping[str, Any]: _object(),
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The form of a record as a JSON Schema of draft 2020-12; ``docs/record.schema.json`` holds it.
+
+    What it cannot say is that the curves in ``training`` are equally long, and that an integer has no decimal point.
+    """
+    anything = {"type": ["object", "array", "string", "number", "boolean", "null"], "minimum": -_LARGEST,
+                "maximum": _LARGEST}  # fmt: skip
+    levels: dict[str, Any] = {"any0": {**anything, "type": ["string", "number", "boolean", "null"]}}
+    for depth in range(1, _DEPTH + 1):
+        inner = {"$ref": f"#/$defs/any{depth - 1}"}
+        levels[f"any{depth}"] = {**anything, "items": inner, "additionalProperties": inner}
+    spec = {"mode": {"enum": list(MODES)}, "division": {"enum": list(DIVISIONS)}}
+    record = {"schema": {"const": SCHEMA}, "spec": _dataclass(Spec, spec), "outcome": {"enum": list(OUTCOMES)}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A record of PortNet: what one measurement asked for and found",
+        **_dataclass(Record, {**_FORMS, **record}, required=("schema",)),
+        "$defs": levels,
+    }
+
+
+def _dataclass(of: type[Spec] | type[Record], forms: Mapping[str, _Form], required: Sequence[str] = ()) -> _Form:
+    """Of a dataclass's fields and no others; those that have no default are required."""
+    needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
+    return {
+        "type": "object",
+        "properties": {**forms, **{f.name: forms.get(f.name) or _TYPES[f.type] for f in fields(of)}},
+        "required": [*required, *needed],
+        "additionalProperties": False,
+    }
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+
+
+def _checked(held: Mapping[str, Any]) -> Record:
+    """The record in what a file held; raises `TypeError` or `ValueError` where that has another form than ours."""
+    form = _schema()
+    _check("", held, form, form["$defs"])
+    training = held.get("training", {})
+    steps = len(training.get("losses", ()))
+    if any(len(run) != steps for run in training.get("perturbed", ())):
+        raise ValueError(f"training.perturbed: its curves must be as long as the losses, {steps} steps")
+    content = {k: v for k, v in held.items() if k != "schema"}
+    return Record(**{**content, "spec": Spec(**held["spec"])})
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return json_schema()
+
+
+def _check(name: str, value: Any, form: _Form, defs: Mapping[str, _Form]) -> None:
+    """Hold a value from JSON against the part of JSON Schema that `json_schema` uses; `name` is where it stands."""
+    if "$ref" in form:
+        form = defs[form["$ref"].removeprefix("#/$defs/")]
+    if "enum" in form or "const" in form:
+        allowed = form.get("enum") or [form["const"]]
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r:.80}; one of {', '.join(allowed)}")
+        return
+    kinds = [form["type"]] if isinstance(form["type"], str) else form["type"]
+    if type(value) not in [t for kind in kinds for t in _KINDS[kind]]:
+        raise TypeError(f"{name or 'a record'} must be {' or '.join(kinds)}, got {value!r:.80}")
+    if isinstance(value, dict):
+        if missing := [key for key in form.get("required", ()) if key not in value]:
+            raise ValueError(f"{name or 'a record'} must have {', '.join(missing)}")
+        known, others = form.get("properties", {}), form["additionalProperties"]
+        for key, inner in value.items():
+            if key not in known and others is False:
+                raise ValueError(f"{name or 'a record'} has no field {key!r:.80}; another version's?")
+            _check(f"{name}.{key:.80}".removeprefix("."), inner, known.get(key, others), defs)
+    elif isinstance(value, list):
+        if len(value) < form.get("minItems", 0):
+            raise ValueError(f"{name} must hold {form['minItems']} or more, got {len(value)}")
+        for i, item in enumerate(value):
+            _check(f"{name}[{i}]", item, form["items"], defs)
+    # A NaN is neither above nor below.
+    elif type(value) in (int, float) and not form["minimum"] <= value <= form["maximum"]:
+        raise ValueError(f"{name} must be from {form['minimum']:g} to {form['maximum']:g}, got {value!r:.80}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1))
