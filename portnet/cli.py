@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ from portnet.errors import InputError, PictureError, PluginError, PortNetError, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from portnet.plan import Plan
     from portnet.record import Record, Spec
 
 MISTAKES = (InputError, PictureError, PluginError, RecordError, WeightsError)
@@ -112,6 +114,148 @@ def summary(preset: str, image_size: int | None, classes: int) -> None:
     click.echo(portnet.graph(preset, classes=classes, **_given(image_size=image_size)).summary())
 
 
+def _measuring_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs."),
+        click.option("--out", type=FOLDER, default=Path("portnet-records"), show_default=True),
+        click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for an answer."),
+        click.option("--budget", metavar="TIME", help="Such as 9m: no round begins that would not end by then."),
+        click.option("--quick", is_flag=True, help="One round of few blocks: figures that are not to be quoted."),
+        click.option("--rounds", type=click.IntRange(1), help="Fresh processes per stack; 10, or 1 with --quick."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True),
+        click.option("--image-size", type=int, help="Pixels a side; the preset's own by default."),
+        click.option("--preset", default="caffe", show_default=True),
+        click.option("--model", default="", help="package:factory of a model of your own, instead of AlexNet."),
+        click.option("--data", default="digits", show_default=True, help="As for train."),
+    ):
+        command = option(command)
+    return command
+
+
+def _carry_out(
+    plan: "Plan", *, quick: bool, rounds: int | None, budget: str | None, timeout: float, out: Path
+) -> "list[Record]":
+    """Measure a plan with progress on standard error; every record is on disk as soon as it is made."""
+    from portnet import plan as planning
+
+    rounds = rounds or (1 if quick else 10)
+    total = rounds * sum(map(len, plan.groups))
+    made: list[Record] = []
+    began = monotonic()
+    with _progress(total=total) as (progress, advance):
+
+        def say(spec: "Spec", line: str) -> None:
+            left = (monotonic() - began) / len(made) * (total - len(made)) if made else None
+            about = f", about {_minutes(left)} left" if left is not None else ""
+            progress(f"{spec.stack}, {spec.mode}, batch {spec.batch}: {line}{about}")
+
+        found = planning.carry_out(
+            plan, rounds=rounds, seconds=_seconds(budget) if budget else inf, timeout=timeout, say=say
+        )
+        for record in found:
+            record.write(out)
+            made.append(record)
+            advance(f"{record.spec.stack}, {record.spec.mode}, batch {record.spec.batch}: {record.outcome}")
+    done = {replace(r.spec, without=r.spec.without) for r in made}
+    for spec in (s for group in plan.groups for s in group if s not in done):
+        click.echo(f"portnet: no time for {spec.stack}, {spec.mode}, batch {spec.batch}", err=True)
+    return made
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _seconds(text: str) -> float:
+    """``90``, ``90s``, ``9m`` or ``1h`` in seconds."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        return float(number) * units[unit]
+    except ValueError:
+        raise click.UsageError(f"--budget must be a time such as 90s, 9m or 1h, got {text!r}") from None
+
+
+def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> None:
+    """Print what was measured, and exit with 1 if something that was asked for has no figure."""
+    from portnet.report import table
+
+    if as_json:
+        click.echo(json.dumps([json.loads(r.to_json()) for r in made], indent=1))
+    else:
+        console = _console()
+        for renderable in table.measured(made):
+            console.print(renderable)
+        for name, reason in plan.left_out:
+            console.print(f"{_plain(name)}: left out. {_plain(reason)}", soft_wrap=True, highlight=False)
+        console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
+    if any(r.outcome not in ("works", "partial") for r in made):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("stacks", nargs=-1, metavar="STACK...")
+@click.option("--all", "every", is_flag=True, help="Every stack that is available here, the most telling first.")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(["train", "infer", "serve"]), help="Repeatable.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=[16], show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), help="For stacks that name none.")
+@click.option("--ablate", metavar="LAYERS", help="Comma-separated library layers to take away, all at once.")
+@_measuring_options
+def measure(
+    stacks: tuple[str, ...],
+    every: bool,
+    modes: tuple[str, ...],
+    batches: tuple[int, ...],
+    precision: str | None,
+    ablate: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure stacks side by side: BACKEND[/ENGINE][/PRECISION][/channels-last], such as cuda/compile/bfloat16.
+
+    Each round starts a fresh process for each stack; they pass the gates one after the other and then take turns block
+    by block. Every process leaves one JSON record in --out. Exit status 1 if one of them has no figure.
+    """
+    from portnet import plan as planning
+
+    if every == bool(stacks):
+        raise click.UsageError("name stacks, or give --all")
+    ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
+    if precision:
+        stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
+    more: dict[str, Any] = {"blocks": 8, "perturbed": 3} if options["quick"] else {}
+    if every:
+        plan = planning.everything(modes=modes, batches=batches, **options, **more)
+    else:
+        without = tuple(name.strip() for name in ablate.split(",")) if ablate else ()
+        plan = planning.of_stacks(stacks, modes=modes, batches=batches, without=without, **options, **more)
+    _told(_carry_out(plan, quick=options["quick"], **ours), plan, ours["out"], as_json=as_json)
+
+
+@main.command()
+@click.argument("stack")
+@click.option("--mode", type=click.Choice(["train", "infer"]), default="infer", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--layers", help="Comma-separated; all that the stack has by default.")
+@_measuring_options
+def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool, **options: Any) -> None:
+    """Measure what each layer of a vendor's software is worth: the stack whole, and with one layer taken away.
+
+    All of them side by side, in rounds. Below the libraries stand two rungs of PortNet's own, `unfold` and `direct`.
+    """
+    from portnet import plan as planning
+    from portnet.report import table
+
+    ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
+    more = {"blocks": 8, "perturbed": 3} if options["quick"] else {}
+    chosen = [name.strip() for name in layers.split(",")] if layers else []
+    plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options, **more)
+    made = _carry_out(plan, quick=options["quick"], **ours)
+    if not as_json:
+        _console().print(table.ablation(made, plan.groups[0][0], plugins.backends()[plan.groups[0][0].backend]))
+    _told(made, plan, ours["out"], as_json=as_json)
+
+
 @main.command()
 @click.option("--backends", "names", help="Comma-separated; all that are found by default.")
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps of the training curve.")
@@ -119,10 +263,9 @@ def summary(preset: str, image_size: int | None, classes: int) -> None:
 @click.option("--preset", default="caffe", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for one measurement.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("portnet-compare"), show_default=True
-)
+@click.option("--model", default="", help="package:factory of a model of your own, instead of AlexNet.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option("--out", type=FOLDER, default=Path("portnet-compare"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs.")
 def compare(
     names: str | None,
@@ -131,56 +274,40 @@ def compare(
     preset: str,
     precision: str,
     seed: int,
+    model: str,
     timeout: float,
     out: Path,
     as_json: bool,
 ) -> None:
     """Run the same training and inference on every backend, and show the results side by side.
 
-    Each stack is measured in a process of its own, behind the parity gate and the honest clock, and leaves one JSON
-    record in --out, beside a page with the loss curves. Exit status 1 if a backend that was asked for by name is not
-    available or a measurement failed.
+    The quick form of 'portnet measure --all': one round of the plainest stacks. Each process leaves one JSON record in
+    --out, beside a page with the loss curves. Exit status 1 if a backend that was asked for by name is not available
+    or a measurement failed.
     """
-    from portnet import alexnet, launch, lockin, measure, parity, record
+    from portnet import lockin, measurement
+    from portnet import plan as planning
+    from portnet.record import Spec
     from portnet.report import page, table
 
-    graph = alexnet.graph(preset, classes=10)
-    spec = record.Spec(
-        backend="", preset=preset, precision=precision, seed=seed, curve_steps=steps, batch=batch,
-        image_size=graph.input[1],
-    )  # fmt: skip
-    registry = plugins.backends()
-    chosen = [registry[n.strip()] for n in names.split(",")] if names else list(registry.values())
-    todo: list[Spec] = []
-    made: list[Record] = []
-    for backend in chosen:
-        ours = [replace(spec, backend=backend.name)]
-        if not _available(backend):
-            made.append(measure.measure(ours[0]))
-            continue
-        ours = measure.specs(backend, spec)
-        # Whichever stack trains first shows how far runs of equals drift.
-        if "train" in backend.modes and not parity.is_oracle(backend) and not any(s.perturbed for s in todo):
-            ours[0] = replace(ours[0], perturbed=3)
-        todo += ours
-    for missing in made:
-        missing.write(out)
-    with _progress(total=len(todo)) as (progress, advance):
-        for s in todo:
-            made.append(launch.run(s, timeout=timeout, say=lambda line, s=s: progress(f"{s.stack}: {line}")))  # type: ignore[misc]
-            made[-1].write(out)
-            advance(f"{s.stack}: {made[-1].outcome}")
-    rows = lockin.rows(made)
-    written = page.write(made, out / "compare.html")
+    chosen = [n.strip() for n in names.split(",")] if names else []
+    plan = planning.quick(
+        chosen, precision=precision, preset=preset, batch=batch, curve_steps=steps, seed=seed, model=model
+    )
+    absent = [measurement.measure(Spec(backend=name, precision=precision, quick=True)) for name, _ in plan.left_out]
+    for record in absent:
+        record.write(out)
+    made = absent + _carry_out(plan, quick=True, rounds=1, budget=None, timeout=timeout, out=out)
+    merged = lockin.merge(made)
+    written = page.write(merged, out / "compare.html")
     if as_json:
         click.echo(json.dumps([json.loads(r.to_json()) for r in made], indent=1))
     else:
         console = _console()
-        for renderable in table.everything(rows):
+        for renderable in table.everything(lockin.rows(merged)):
             console.print(renderable)
         console.print(f"Records and page: {written.parent} ({written.name})", soft_wrap=True)
-    bad = [r for r in made if r.outcome != "works" and not (r.outcome == "not available" and not names)]
-    if bad:
+    if any(r.outcome != "works" and not (r.outcome == "not available" and not names) for r in made):
         sys.exit(1)
 
 
@@ -401,6 +528,115 @@ def _progress(total: int, *, quiet: bool = False) -> Iterator[tuple[Callable[[st
             lambda text: bar.update(task, description=_plain(text)),
             lambda text: bar.update(task, description=_plain(text), advance=1),
         )
+
+
+@main.command("records")
+@click.argument(
+    "folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def list_records(folders: tuple[Path, ...], as_json: bool) -> None:
+    """List the records in folders, and verify every one.
+
+    Equal records count once, wherever they lie. Files that are no records, or damaged ones, are named and left out;
+    exit status 1 if there are any.
+    """
+    from portnet import files, record
+
+    found, refused = record.search(folders)
+    found.sort(key=lambda f: (f.record.spec.stack, f.record.spec.mode, f.record.spec.batch, _date(f.record)))
+    unfinished = [path for folder in folders for path in files.unfinished(folder)]
+    rounds = [f.record.round for f in found if f.record.round]
+    told: dict[str, Any] = {
+        "records": [{**_listed(f.record), "paths": list(map(str, f.paths))} for f in found],
+        "duplicates": sum(len(f.paths) - 1 for f in found),
+        "series": len({r.get("series") for r in rounds}),
+        "rounds": len({(r.get("series"), r.get("number")) for r in rounds if not r.get("rejected")}),
+        "rejected": len({(r.get("series"), r.get("number"), r.get("reruns")) for r in rounds if r.get("rejected")}),
+        "refused": [{"path": str(e.path), "kind": e.kind, "message": str(e)} for e in refused],
+        "unfinished": list(map(str, unfinished)),
+    }
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        _print_records(told)
+    if refused:
+        sys.exit(1)
+
+
+def _date(record: "Record") -> str:
+    return str(record.environment.get("date", ""))
+
+
+def _listed(record: "Record") -> dict[str, Any]:
+    """What `records` tells of one. `step`: the median over blocks, in seconds; None where a gate voided it."""
+    from statistics import median
+
+    from portnet.lockin import COUNTED
+
+    timed = record.samples.get(record.spec.mode) or {"seconds": ()}
+    counts = timed["seconds"] and record.outcome in COUNTED
+    return {
+        "digest": record.digest,
+        "stack": record.spec.stack,
+        "mode": record.spec.mode,
+        "batch": record.spec.batch,
+        "outcome": record.outcome,
+        "quick": record.spec.quick,
+        "device": record.device.get("name"),
+        "date": _date(record),
+        "round": {k: v for k, v in record.round.items() if k in ("series", "number", "reruns", "rejected")},
+        "blocks": len(timed["seconds"]),
+        "step": median(timed["seconds"]) / timed["steps"] if counts else None,
+    }
+
+
+def _print_records(told: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from portnet.report.table import NOT_MEASURED, plain
+
+    def shown(value: object, most: int = 100) -> Text:
+        """On one line, and not too much of it: a record can come from anyone."""
+        text = plain(value).replace("\n", " ")
+        return Text(text if len(text) <= most else f"{text[:most]}…")
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, leading=1)
+    table.add_column("Record,\ndate", width=12)
+    table.add_column("Stack,\ndevice", overflow="fold")
+    table.add_column("Mode,\nbatch", width=6, overflow="fold")
+    table.add_column("Outcome,\nround", width=13)
+    table.add_column("Blocks,\nms a step", justify="right", width=12)
+    for r in told["records"]:
+        place = "" if "number" not in r["round"] else f"round {r['round']['number'] + 1}"
+        step = NOT_MEASURED if r["step"] is None else f"{1e3 * r['step']:.4g}" + " quick" * r["quick"]
+        cells = (
+            (r["digest"][:12], r["date"][:10] or "no date"),
+            (r["stack"], r["device"] or "no device"),
+            (r["mode"], r["batch"]),
+            (r["outcome"], f"{place}{', rejected' * bool(r['round'].get('rejected'))}"),
+            (r["blocks"] or "none", "void" if r["blocks"] and r["step"] is None else step),
+        )
+        table.add_row(*(Text("\n").join(map(shown, cell)) for cell in cells))
+    console = _console()
+    if told["records"]:
+        console.print(table)
+
+    def counted(count: int, word: str) -> str:
+        return f"{count} {word}{'s' * (count != 1 and word != 'series')}"
+
+    again = f", {counted(told['duplicates'], 'duplicate')}" if told["duplicates"] else ""
+    rejected = f" and {told['rejected']} rejected" if told["rejected"] else ""
+    series = f" in {counted(told['series'], 'series')} of {counted(told['rounds'], 'round')}{rejected}"
+    console.print(f"{counted(len(told['records']), 'record')}{series if told['series'] else ''}{again}", highlight=False)
+    for error in told["refused"]:
+        console.print(Text.assemble(("Refused ", "red"), shown(f"({error['kind']}): {error['message']}", 1000)),
+                      soft_wrap=True)  # fmt: skip
+    for path in told["unfinished"]:
+        text = f"Unfinished: {path}; its writer is at work, or was killed: then it can be deleted"
+        console.print(shown(text, 1000), soft_wrap=True)
 
 
 if __name__ == "__main__":

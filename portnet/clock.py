@@ -211,13 +211,14 @@ def examine(
     *,
     seconds: float = 0.2,
     repeats: int = 7,
-    slow: float = float("inf"),
+    slow: float = inf,
+    slow_repeats: int = 3,
     ceiling: float | None = None,
 ) -> Clock:
     """Every test of the clock. A block takes `seconds` at least.
 
-    There are `repeats` of each measurement, or three where a block takes more than `slow`. `ceiling`: the steps a
-    second that the device cannot exceed. Moves the weights.
+    There are `repeats` of each measurement, or `slow_repeats` where a block takes more than `slow` seconds. `ceiling`:
+    the steps a second that the device cannot exceed. Moves the weights.
     """
     session = work.session
     # First, since the fetch test moves the weights of a session that trains, and since it makes no sense to time what
@@ -225,7 +226,7 @@ def examine(
     if not all(work.is_right(session.get(work.run(1))) for _ in range(4)):
         return Clock(steps=1, blocks=(), idle=(), last=(), right=False)
     steps, taken = steps_for(work, seconds)
-    repeats = min(3, repeats) if taken > slow else repeats
+    repeats = min(slow_repeats, repeats) if taken > slow else repeats
     right = True
     longer, unseen, events = [], [], []
     for _ in range(repeats):

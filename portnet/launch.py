@@ -162,7 +162,7 @@ class Worker:
 
 def run(spec: Spec, *, timeout: float = 600.0, say: Say = lambda _: None) -> Record:
     """Measure `spec` once, in a process of its own, and return its record, whatever becomes of the process."""
-    return next(iter(series([spec], rounds=1, timeout=timeout, say=lambda _, line: say(line))))
+    return next(series([spec], rounds=1, timeout=timeout, say=lambda _, line: say(line)))[0]
 
 
 def series(
@@ -172,8 +172,8 @@ def series(
     timeout: float = 600.0,
     say: Callable[[Spec, str], None] = lambda spec, line: None,
     deadline: float = float("inf"),
-) -> Iterator[Record]:
-    """Measure specs beside one another, `rounds` times; yields each process's record when its round is over.
+) -> Iterator[list[Record]]:
+    """Measure specs beside one another, `rounds` times; yields the records of each round when it is over.
 
     Every round starts a fresh process for each spec. They pass their gates one after the other, and then take turns
     block by block, forwards and backwards (A B B A), with a short probe of the host before each block. Where the
@@ -189,8 +189,7 @@ def series(
             return
         done = _round(alive, {"series": name, "number": number, "reruns": reruns}, timeout, say, first=number == 0)
         rejected = reruns < RERUNS and not _even(done)
-        for one, _ in done:
-            yield replace(one, round={**one.round, "rejected": rejected})
+        yield [replace(one, round={**one.round, "rejected": rejected}) for one, _ in done]
         alive = [one.spec for one, timed in done if timed]
         number, reruns = (number, reruns + 1) if rejected else (number + 1, 0)
         longest = max(longest, time.monotonic() - began)

@@ -1,13 +1,14 @@
 """From records to figures. Pure functions; every figure says what it was computed from by standing in its row."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
-from portnet.record import Record, Spec
+from portnet import devices, stats
+from portnet.record import OUTCOMES, Record, Spec
 
 ORACLE = "reference"
 """The backend whose float64 records the others' losses are compared with."""
@@ -17,7 +18,7 @@ COUNTED = ("works", "partial")
 GATED = ("wrong", "dishonest clock", "unsteady")
 """The outcomes of a failed gate: the speed is void."""
 
-TRAINING = ("preset", "classes", "data", "curve_size", "curve_batch", "curve_steps", "seed")
+TRAINING = ("model", "preset", "classes", "data", "curve_size", "curve_batch", "curve_steps", "seed")
 """What must agree between two specs for their loss curves to be held against each other."""
 WORK = (*TRAINING, "image_size", "batch")
 """What must agree between two specs for their speeds to be."""
@@ -86,6 +87,162 @@ def drift(records: Sequence[Record]) -> list[float]:
 def spread(records: Sequence[Record]) -> float | None:
     """The largest of `drift`."""
     return max(drift(records), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What the processes of one stack, in one mode, on one piece of work and one device came to.
+
+    `records`: the processes, without those of rejected rounds, of which there were `rejected`. `outcome`: of all of
+    them. `rate`: images per second, with its interval over processes. `floor`: seconds a step that the device cannot
+    go below by the ceilings measured in the same process, with nothing of the vendor's software taken away; over the
+    time a step took, it is the architectural `efficiency`. `of_published`: the share of the published dense peak that
+    the measured matrix product reached. None is what was not measured, or is void.
+    """
+
+    records: tuple[Record, ...]
+    rejected: int
+    outcome: str
+    reason: str
+    rate: stats.Interval | None
+    floor: float | None
+    efficiency: float | None
+    of_published: float | None
+
+    @property
+    def spec(self) -> Spec:
+        return self.records[0].spec
+
+    @property
+    def detailed(self) -> Record:
+        """The process that also measured layers and whole steps: the first of its series."""
+        return next((r for r in self.records if r.layers), self.records[0])
+
+
+def figures(records: Sequence[Record]) -> list[Figure]:
+    """One for each stack, mode, piece of work and device, in the order of their first records."""
+    return [_figure(group) for group in _groups(records, lambda spec: replace(spec, blocks=0, perturbed=0))]
+
+
+def _groups(records: Sequence[Record], same: Any) -> Iterator[list[Record]]:
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        # One that never got to its device belongs to those of the same spec that did.
+        found.setdefault((same(record.spec), record.device.get("name") or ""), []).append(record)
+    yield from found.values()
+
+
+def _figure(group: Sequence[Record]) -> Figure:
+    kept = tuple(r for r in group if not r.round.get("rejected")) or tuple(group)
+    mode = kept[0].spec.mode
+    outcome, reason = _joint(kept, mode)
+    timed = [r for r in kept if r.samples.get(mode)] if outcome in COUNTED else []
+    seconds = [median(r.samples[mode]["seconds"]) / r.samples[mode]["steps"] for r in timed]
+    layers = next((r.layers for r in kept if r.layers), {})
+    floors = [floor(layers, r.ceilings) for r in timed]
+    shares = [f / s for f, s in zip(floors, seconds, strict=True) if f is not None]
+    first = kept[0]
+    device = devices.find(first.device.get("name") or "", first.device.get("memory"))
+    peak = device.peak(first.effective.get("precision", first.spec.precision)) if device else None
+    rates = [r.ceilings["flops"] for r in timed if r.ceilings.get("flops")]
+    return Figure(
+        records=kept,
+        rejected=len(group) - len(kept),
+        outcome=outcome,
+        reason=reason,
+        rate=stats.interval([r.samples[mode]["batch"] / s for r, s in zip(timed, seconds, strict=True)])
+        if timed
+        else None,
+        floor=median(f for f in floors if f is not None) if shares else None,
+        efficiency=geometric_mean(shares) if shares else None,
+        of_published=median(rates) / peak if rates and peak else None,
+    )
+
+
+def floor(layers: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float | None:
+    """Seconds: each layer's least FLOPs or bytes at the ceiling's rate, whichever takes longer, summed."""
+    if not layers or not ceilings.get("flops") or not ceilings.get("bandwidth"):
+        return None
+    return sum(
+        max(float(x["flops"] / ceilings["flops"]), float(x["bytes"] / ceilings["bandwidth"])) for x in layers.values()
+    )
+
+
+def _joint(records: Sequence[Record], mode: str) -> tuple[str, str]:
+    """The outcome of several processes: the worst. That it is unsteady is told by all of them together."""
+    bad = [r for r in records if r.outcome not in (*COUNTED, "unsteady")]
+    if bad:
+        worst = min(bad, key=lambda r: _SEVERITY.index(r.outcome))
+        return worst.outcome, worst.reason
+    changes = [1 + t["change"] for r in records if (t := r.gates.get("trend")) and t.get("low") is not None]
+    if len(changes) > 1:
+        drifts = stats.interval(changes)
+        if drifts.low is not None and drifts.high is not None and (drifts.low > 1.01 or drifts.high < 0.99):
+            return (
+                "unsteady",
+                f"over its blocks the time changed by {drifts.figure - 1:+.1%} in {len(changes)} processes",
+            )
+    elif any(r.outcome == "unsteady" for r in records):
+        return "unsteady", records[0].reason
+    partial = next((r for r in records if r.outcome == "partial"), None)
+    return ("partial", partial.reason) if partial else ("works", "")
+
+
+_SEVERITY = ("wrong", "dishonest clock", "failed", "out of memory", "timeout", "not available", "not measured")
+assert {*_SEVERITY, *COUNTED, "unsteady"} == set(OUTCOMES)
+
+
+def compare(a: Figure, b: Figure) -> stats.Comparison | None:
+    """How many times as long `b` takes as `a`, over the rounds in which both were timed side by side.
+
+    None where either has no figure, or they never were.
+    """
+    if a.rate is None or b.rate is None:
+        return None
+
+    def rounds(figure: Figure) -> dict[tuple[str, int], list[float]]:
+        mode = figure.spec.mode
+        return {
+            (r.round["series"], r.round["number"]): [s / r.samples[mode]["steps"] for s in r.samples[mode]["seconds"]]
+            for r in figure.records
+            if r.round and r.samples.get(mode)
+        }
+
+    one, other = rounds(a), rounds(b)
+    both = sorted(one.keys() & other.keys())
+    return stats.compare([one[k] for k in both], [other[k] for k in both]) if both else None
+
+
+def merge(records: Sequence[Record]) -> list[Record]:
+    """The modes and rounds of a stack as one record, to be shown in one row; it is no measurement of its own."""
+    merged = []
+    for group in _groups(records, lambda spec: replace(spec, mode="", blocks=0, perturbed=0)):
+        if len(group) == 1:
+            merged.append(group[0])
+            continue
+        parts = figures(group)
+        bad = [p for p in parts if p.outcome not in COUNTED]
+        chosen = bad[0] if bad else next((p for p in parts if p.outcome == "partial"), parts[0])
+        trained = next((r for r in group if r.training), group[0])
+        findings = [f for p in parts for f in p.records[0].gates.get("parity", {}).get("findings", [])]
+        samples: dict[str, Any] = {}
+        for part in parts:
+            for r in part.records:
+                for mode, timed in r.samples.items():
+                    into = samples.setdefault(mode, {**timed, "seconds": []})
+                    into["seconds"] += [s * into["steps"] / timed["steps"] for s in timed["seconds"]]
+        gates = {**trained.gates, "parity": {**trained.gates.get("parity", {}), "findings": findings}}
+        merged.append(
+            replace(
+                trained,
+                outcome=chosen.outcome,
+                reason=chosen.reason,
+                remedy=chosen.records[0].remedy,
+                gates=gates if findings or trained.gates else {},
+                samples=samples,
+            )
+        )
+    return merged
 
 
 def rows(records: Sequence[Record]) -> list[Row]:

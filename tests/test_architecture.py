@@ -13,14 +13,15 @@ CORE, BACKENDS = ROOT / "portnet", ROOT / "backends"
 FLOORS = [
     {"errors", "host", "data"},
     {"graph", "philox", "files", "devices"},
-    {"alexnet", "contract", "record"},
-    {"hookspecs", "weights", "images", "stats", "watch", "lockin"},
+    {"alexnet", "contract", "record", "stats"},
+    {"hookspecs", "weights", "images", "watch", "lockin"},
     {"parity", "onnx_export", "training", "clock", "report"},
     {"plugins"},
     {"cache", "conformance"},
     {"workload"},
     {"measurement", "model"},
     {"launch"},
+    {"plan"},
     {"__init__"},
     {"cli"},
 ]

@@ -7,7 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from portnet.lockin import WORK, Row, same_work, spread, void
+from portnet.contract import Backend, Settings
+from portnet.lockin import COUNTED, WORK, Figure, Row, compare, figures, same_work, spread, void
 from portnet.record import Record, Spec
 
 NOT_MEASURED = "not measured"
@@ -73,6 +74,155 @@ def losses(rows: Sequence[Row], at_most: int = 12) -> Table:
         table.add_column(Text(label.replace("/", "/\n").replace(" (", "\n(")), justify="right", overflow="fold")
     for step in steps:
         table.add_row(Text(str(step + 1)), *(Text(_loss(values, step)) for _, values in named))
+    return table
+
+
+def measured(records: Sequence[Record]) -> list[Table]:
+    """All there is to print of measurements: a line for each stack and mode, then layers, then serving."""
+    found = figures(records)
+    timed = [f for f in found if f.spec.mode != "serve"]
+    tables = [_figures(timed)] if timed else []
+    # Layers of one stack's two modes are read; those of ten are scrolled past, and stand in the records.
+    tables += [layers(f) for f in timed if f.efficiency is not None][:2]
+    return tables + [serving(f) for f in found if f.spec.mode == "serve"]
+
+
+def _figures(found: Sequence[Figure]) -> Table:
+    table = _table()
+    table.leading = 1
+    table.add_column("Stack,\nmode, batch", overflow="fold")
+    table.add_column("Outcome", width=9)
+    table.add_column("Images/s,\n95% interval", justify="right", width=15)
+    table.add_column("Efficiency,\nof published", justify="right", width=12)
+    table.add_column("Time as a multiple\nof the first's", justify="right", width=18)
+    for figure in found:
+        first = next(f for f in found if (f.spec.mode, f.spec.batch) == (figure.spec.mode, figure.spec.batch))
+        spec = figure.spec
+        table.add_row(
+            Text(f"{plain(spec.stack)}\n").append(f"{spec.mode}, batch {spec.batch}", style="dim"),
+            Text(figure.outcome, style=STYLES.get(figure.outcome, "red")),
+            Text(interval(figure)),
+            Text(f"{share(figure.efficiency)}\n{share(figure.of_published)}"),
+            Text("" if first is figure else versus(first, figure)),
+        )
+    notes = [f"{plain(f.spec.stack)}, {f.spec.mode}: {f.outcome}. {plain(f.reason)}" for f in found if f.reason]
+    if rejected := sum(f.rejected for f in found):
+        notes.append(f"{rejected} processes belong to rounds that were run again, since the host's speed had changed.")
+    notes.append(
+        "Efficiency: the floor by the matrix product and the copy measured in the same process, over the time taken; "
+        "beside it the share of the device's published peak that this matrix product reached."
+    )
+    table.caption = Text("\n".join(["", *notes]))
+    table.caption_style, table.caption_justify = "", "left"
+    return table
+
+
+def interval(figure: Figure) -> str:
+    """Images per second, and the 95% interval over processes."""
+    if figure.rate is None:
+        return f"void: {figure.outcome}" if figure.outcome not in COUNTED else NOT_MEASURED
+    text = rate(figure.rate.figure) + (" quick" if figure.spec.quick else "")
+    if figure.rate.low is None or figure.rate.high is None:
+        return f"{text}\none process"
+    return f"{text}\n{rate(figure.rate.low)} to {rate(figure.rate.high)}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return "not known" if value is None else f"{value:.0%}"
+
+
+def versus(one: Figure, other: Figure) -> str:
+    """How many times as long the other takes, its interval, and what that says."""
+    seen = compare(one, other)
+    if seen is None:
+        return NOT_MEASURED
+    if seen.low is None or seen.high is None:
+        return f"{seen.ratio:.3g}\none round"
+    return f"{seen.ratio:.3g} ({seen.low:.3g}, {seen.high:.3g})\n{seen.verdict}"
+
+
+def ablation(records: Sequence[Record], whole: Spec, backend: Backend) -> Table:
+    """The ladder: what each layer of the vendor's software is worth, by the time without it.
+
+    Efficiencies are by the ceiling of the whole stack.
+    """
+    found = figures(records)
+    base = next((f for f in found if f.spec.stack == whole.stack), None)
+    titles = {
+        layer.name: layer
+        for layer in backend.library_layers(
+            Settings(precision=whole.precision, formulation=whole.formulation, engine=whole.engine)
+        )
+    }
+    table = _table()
+    table.leading = 1
+    table.add_column("Taken away", overflow="fold")
+    table.add_column("Time as a multiple\nof the whole stack's", justify="right", width=22)
+    table.add_column("Efficiency", justify="right", width=10)
+    table.add_column("Images/s,\n95% interval", justify="right", width=15)
+    for figure in found:
+        layer = titles.get(figure.spec.without[0]) if figure.spec.without else None
+        name = Text(layer.name if layer else f"nothing: {plain(figure.spec.stack)}")
+        if layer:
+            name.append(f"\n{plain(layer.title)}{'; ' if layer.note else ''}{plain(layer.note)}", style="dim")
+        efficiency = None
+        if base and base.floor is not None and figure.rate:
+            efficiency = base.floor * figure.rate.figure / figure.spec.batch
+        table.add_row(
+            name,
+            Text("1" if figure is base else versus(base, figure) if base else NOT_MEASURED),
+            Text(share(efficiency)),
+            Text(interval(figure)),
+        )
+    table.title = Text(f"{whole.stack}, {whole.mode}, batch {whole.batch}")
+    table.title_justify = "left"
+    return table
+
+
+def layers(figure: Figure) -> Table:
+    """Each layer's floor beside what it takes on its own, in milliseconds."""
+    record = figure.detailed
+    table = _table()
+    for name in ("Layer", "GFLOP", "MB", "Floor, ms", "Alone, ms", "Floor / alone"):
+        table.add_column(name, justify="left" if name == "Layer" else "right")
+    for name, seen in record.layers.items():
+        alone = (seen["forward"] or 0) + (seen["backward"] or 0) if seen["forward"] is not None else None
+        if not seen["floor"]:
+            continue
+        table.add_row(
+            Text(plain(name)),
+            f"{seen['flops'] / 1e9:.3g}",
+            f"{seen['bytes'] / 1e6:.3g}",
+            f"{1e3 * seen['floor']:.3g}",
+            f"{1e3 * alone:.3g}" if alone is not None else NOT_MEASURED,
+            f"{seen['floor'] / alone:.0%}" if alone else "",
+        )
+    ceilings = record.ceilings
+    table.title = Text(
+        f"{record.spec.stack}, {record.spec.mode}, batch {record.spec.batch}: ceilings "
+        f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.3g} GB/s"
+    )
+    table.title_justify = "left"
+    return table
+
+
+def serving(figure: Figure) -> Table:
+    """Latency at batch 1, and throughput by batch."""
+    found = figure.records[0].serving
+    table = _table()
+    table.title_justify = "left"
+    table.title = Text(f"{plain(figure.spec.stack)}, serve: {figure.outcome}. {plain(figure.reason)}")
+    table.add_column("Serving")
+    table.add_column("", justify="right")
+    for name in ("p50", "p90", "p99"):
+        value = found.get(name)
+        table.add_row(f"{name} latency at batch 1", NOT_MEASURED if value is None else f"{1e3 * value:.3g} ms")
+    for batch, seen in found.get("sweep", {}).items():
+        seconds = sorted(seen["seconds"])[len(seen["seconds"]) // 2]
+        table.add_row(f"batch {plain(batch)}", f"{rate(seen['steps'] * int(batch) / seconds)} images/s")
+    largest = found.get("largest_batch")
+    table.add_row("largest batch that fits", NOT_MEASURED if largest is None else str(largest))
     return table
 
 
