@@ -545,7 +545,7 @@ def list_records(folders: tuple[Path, ...], as_json: bool) -> None:
 
     found, refused = record.search(folders)
     found.sort(key=lambda f: (f.record.spec.stack, f.record.spec.mode, f.record.spec.batch, _date(f.record)))
-    unfinished = [path for folder in folders for path in files.unfinished(folder)]
+    unfinished = [path for folder in dict.fromkeys(folders) for path in files.unfinished(folder)]
     rounds = [f.record.round for f in found if f.record.round]
     told: dict[str, Any] = {
         "records": [{**_listed(f.record), "paths": list(map(str, f.paths))} for f in found],
@@ -610,13 +610,14 @@ def _print_records(told: dict[str, Any]) -> None:
     table.add_column("Outcome,\nround", width=13)
     table.add_column("Blocks,\nms a step", justify="right", width=12)
     for r in told["records"]:
-        place = "" if "number" not in r["round"] else f"round {r['round']['number'] + 1}"
+        place = f"round {r['round']['number'] + 1}" if "number" in r["round"] else ""
+        place = "rejected" if r["round"].get("rejected") else place
         step = NOT_MEASURED if r["step"] is None else f"{1e3 * r['step']:.4g}" + " quick" * r["quick"]
         cells = (
             (r["digest"][:12], r["date"][:10] or "no date"),
             (r["stack"], r["device"] or "no device"),
             (r["mode"], r["batch"]),
-            (r["outcome"], f"{place}{', rejected' * bool(r['round'].get('rejected'))}"),
+            (r["outcome"], place),
             (r["blocks"] or "none", "void" if r["blocks"] and r["step"] is None else step),
         )
         table.add_row(*(Text("\n").join(map(shown, cell)) for cell in cells))
@@ -627,13 +628,15 @@ def _print_records(told: dict[str, Any]) -> None:
     def counted(count: int, word: str) -> str:
         return f"{count} {word}{'s' * (count != 1 and word != 'series')}"
 
-    again = f", {counted(told['duplicates'], 'duplicate')}" if told["duplicates"] else ""
-    rejected = f" and {told['rejected']} rejected" if told["rejected"] else ""
-    series = f" in {counted(told['series'], 'series')} of {counted(told['rounds'], 'round')}{rejected}"
-    console.print(f"{counted(len(told['records']), 'record')}{series if told['series'] else ''}{again}", highlight=False)
+    line = counted(len(told["records"]), "record")
+    if told["series"]:
+        line += f" in {counted(told['series'], 'series')} of {counted(told['rounds'], 'round')}"
+        line += f" and {told['rejected']} rejected" if told["rejected"] else ""
+    line += f", {counted(told['duplicates'], 'duplicate')}" if told["duplicates"] else ""
+    console.print(line, highlight=False)
     for error in told["refused"]:
-        console.print(Text.assemble(("Refused ", "red"), shown(f"({error['kind']}): {error['message']}", 1000)),
-                      soft_wrap=True)  # fmt: skip
+        why = shown(f"({error['kind']}): {error['message']}", 1000)
+        console.print(Text.assemble(("Refused ", "red"), why), soft_wrap=True)
     for path in told["unfinished"]:
         text = f"Unfinished: {path}; its writer is at work, or was killed: then it can be deleted"
         console.print(shown(text, 1000), soft_wrap=True)
