@@ -131,9 +131,11 @@ class UnfoldConv(nn.Conv2d):
         (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
         height, width = ((n + 2 * int(padding) - k) // stride + 1 for n in x.shape[2:])
         columns = F.unfold(x, k, padding=int(padding), stride=stride).unflatten(1, (self.groups, -1))
+        columns = columns.permute(1, 2, 0, 3).flatten(2)  # group, filter's element, image and position
         filters = self.weight.flatten(1).unflatten(0, (self.groups, -1))
-        y = torch.einsum("gok,ngkl->ngol", filters, columns).flatten(1, 2).unflatten(2, (height, width))
-        return y + self._bias()
+        # The bias goes into the product's wide sum, as a convolution's does: added later, it would round twice.
+        y = torch.baddbmm(self._bias().view(self.groups, -1, 1), filters, columns)
+        return y.flatten(0, 1).unflatten(1, (len(x), height, width)).transpose(0, 1).contiguous()
 
     def _bias(self) -> Tensor:
         assert self.bias is not None, "every convolution of a graph has one"
