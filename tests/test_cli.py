@@ -16,14 +16,14 @@ from rich.console import Console
 
 import portnet
 from portnet import alexnet, cli, conformance, launch, onnx_export, plugins, record
-from portnet.contract import Backend, Device
+from portnet.contract import Backend, Device, LibraryLayer
 from portnet.errors import Unavailable
 from portnet.graph import Flatten, Linear, Normal, Normalisation, Recipe
 from portnet.plugins import Problem, Registry
 from portnet.record import Record
 
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
-COMMANDS = ("backends", "check", "compare", "export", "infer", "summary", "train")
+COMMANDS = ("backends", "check", "compare", "export", "infer", "records", "summary", "train")
 TINY = ("--preset", "tiny", "--backend", "reference")
 
 
@@ -544,14 +544,13 @@ def made(spec):
                   environment={"date": "2026-01-01T00:00:00+00:00", "versions": {}}, weights="ab" * 32)  # fmt: skip
     if spec.backend == "absent":
         return replace(made, outcome="not available", reason="no [bold] device", remedy="plug one in")
-    samples = {"infer": {"batch": 16, "steps": 2, "seconds": [0.5, 0.6, 0.7]}}
+    timed = {spec.mode: {"batch": 16, "steps": 2, "seconds": [0.5, 0.6, 0.7], "warm_up": []}}
     finding = {"what": "infer() logits", "error": 1e-6, "allowed": 1e-5}
-    gates = {"parity": {"passed": True, "batch": 2, "findings": [finding]}}
-    if spec.backend == "inferring":
-        return replace(made, samples=samples, gates=gates)
+    made = replace(made, samples=timed, gates={"parity": {"passed": True, "oracle": False, "findings": [finding]}})
+    if spec.mode != "train":
+        return made
     losses = [2.3 - 0.1 * i for i in range(spec.curve_steps)]
-    training = {"losses": losses, "perturbed": [[x + 1e-4 for x in losses]] * spec.perturbed}
-    return replace(made, samples=samples | {"train": samples["infer"]}, gates=gates, training=training)
+    return replace(made, training={"losses": losses, "perturbed": [[x + 1e-4 for x in losses]] * spec.perturbed})
 
 
 @pytest.fixture
@@ -559,14 +558,19 @@ def comparing(monkeypatch):
     """Backends of every sort, with measurements that are made up; what they were asked for, and who is to fail."""
     asked, failing = [], {}
 
-    def run(spec, *, timeout, say):
-        asked.append((spec, timeout))
-        say("timing [infer]")
-        if spec.stack in failing:
-            return replace(made(spec), outcome=failing[spec.stack], reason="it broke", samples={})
-        return made(spec)
+    def series(specs, *, rounds, timeout, say, deadline):
+        for number in range(rounds):
+            records = []
+            for spec in specs:
+                asked.append((spec, timeout))
+                say(spec, "timing [infer]")
+                record = replace(made(spec), round={"series": str(id(specs)), "number": number})
+                if spec.stack in failing:
+                    record = replace(record, outcome=failing[spec.stack], reason="it broke", samples={})
+                records.append(record)
+            yield records
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "series", series)
     registry = Registry([Everywhere(), Oracle(), InferOnly(), Absent(), Second()], [])
     monkeypatch.setattr(plugins, "backends", lambda: registry)
     return asked, failing
@@ -574,23 +578,22 @@ def comparing(monkeypatch):
 
 STACKS = ["absent/eager/float32", "everywhere/eager/float32", "everywhere/eager/float32 (stock)",
           "inferring/eager/float32", "reference/eager/float64", "second/eager/float32"]  # fmt: skip
+TRAINED = [stack for stack in STACKS[1:] if not stack.startswith("inferring")]
+MEASURED = [(stack, "train") for stack in TRAINED] + [(stack, "infer") for stack in STACKS[1:]]
 
 
 def test_compare_measures_every_stack_and_leaves_a_record_of_each_and_a_page(comparing, tmp_path):
     asked, _ = comparing
     out, err = portnet_("compare", "--out", tmp_path / "deep" / "out", "--steps", 7, "--batch", 3, "--seed", 5,
                         "--timeout", 33)  # fmt: skip
-    specs = {spec.stack: spec for spec, _ in asked}
     # No process is started for what is not there.
-    assert sorted(specs) == STACKS[1:]
+    assert sorted((spec.stack, spec.mode) for spec, _ in asked) == sorted(MEASURED)
     assert {timeout for _, timeout in asked} == {33}
-    for spec in specs.values():
+    for spec, _ in asked:
         assert (spec.curve_steps, spec.batch, spec.seed, spec.preset) == (7, 3, 5, "caffe")
-        assert (spec.image_size, spec.classes, spec.data) == (227, 10, "digits")
-    # Curves from one rounding away are made once, on a device and not on the oracle.
-    assert {stack: spec.perturbed for stack, spec in specs.items() if spec.perturbed} == {STACKS[1]: 3}
+        assert (spec.image_size, spec.classes, spec.data, spec.quick) == (227, 10, "digits", True)
     records, problems = record.read_all([tmp_path / "deep" / "out"])
-    assert sorted(r.spec.stack for r in records) == STACKS
+    assert sorted({r.spec.stack for r in records}) == STACKS
     assert not problems
     page = (tmp_path / "deep" / "out" / "compare.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html")
@@ -599,15 +602,17 @@ def test_compare_measures_every_stack_and_leaves_a_record_of_each_and_a_page(com
     for word in ("everywhere", "reference", "works", "absent", "plug one in"):
         assert word in out, word
     assert out.endswith(f"Records and page: {tmp_path / 'deep' / 'out'} (compare.html)\n")
-    assert err.splitlines() == [f"[{i}/5] {stack}: works" for i, stack in enumerate(STACKS[1:], 1)]
+    assert len(err.splitlines()) == len(MEASURED)
+    assert "[9/9] second/eager/float32, infer, batch 3: works" in err
 
 
 def test_compare_as_json(comparing, tmp_path):
     out, err = portnet_("compare", "--out", tmp_path, "--steps", 3, "--json")
     told = json.loads(out)
-    assert sorted(t["spec"]["backend"] for t in told) == [s.split("/")[0] for s in STACKS]
+    assert len(told) == len(MEASURED) + 1
+    assert {t["spec"]["backend"] for t in told} == {s.split("/")[0] for s in STACKS}
     assert {t["schema"] for t in told} == {record.SCHEMA}
-    assert len(err.splitlines()) == 5
+    assert len(err.splitlines()) == len(MEASURED)
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text()) in told
 
@@ -616,8 +621,11 @@ def test_comparing_by_name(comparing, tmp_path):
     asked, _ = comparing
     options = ["--out", tmp_path, "--steps", 3, "--json"]
     portnet_("compare", "--backends", "inferring, reference", "--precision", "bfloat16", *options)
-    assert [spec.stack for spec, _ in asked] == ["inferring/eager/bfloat16", "reference/eager/float64"]
-    assert not any(spec.perturbed for spec, _ in asked)
+    assert [(spec.stack, spec.mode) for spec, _ in asked] == [
+        ("reference/eager/float64", "train"),
+        ("inferring/eager/bfloat16", "infer"),
+        ("reference/eager/float64", "infer"),
+    ]
     # Missing is a failure where it was asked for, and otherwise a line.
     portnet_("compare", "--backends", "inferring,absent", *options, status=1)
     portnet_("compare", *options)
@@ -628,7 +636,7 @@ def test_a_measurement_that_fails_does_not_stop_the_others(comparing, tmp_path, 
     asked, failing = comparing
     failing["everywhere/eager/float32"] = outcome
     out, _ = portnet_("compare", "--out", tmp_path, "--steps", 3, "--json", status=1)
-    assert len(asked) == 5
+    assert len(asked) == len(MEASURED)
     told = {(t["spec"]["backend"], t["spec"]["formulation"]): t for t in json.loads(out)}
     assert told["everywhere", "portable"]["outcome"] == outcome
     assert told["everywhere", "stock"]["outcome"] == "works"
@@ -677,3 +685,78 @@ def test_in_a_pipe_standard_output_is_pure_json(tmp_path):
     assert told["test"]["count"] == 360
     assert not ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+# measure and ablate
+
+
+def test_measuring_by_name(comparing, tmp_path):
+    asked, _ = comparing
+    out, err = portnet_("measure", "everywhere", "second/float32", "--mode", "infer", "--rounds", 3, "--batch", 4,
+                        "--batch", 8, "--out", tmp_path)  # fmt: skip
+    assert [(s.stack, s.mode, s.batch, s.quick, s.blocks) for s, _ in asked[:4]] == [
+        (stack, "infer", batch, False, 30)
+        for batch in (4, 8)
+        for stack in ("everywhere/eager/float32", "second/eager/float32")
+    ]
+    assert len(asked) == 12
+    assert len(record.read_all([tmp_path])[0]) == 12
+    assert "inconclusive" in out or "equivalent" in out
+    assert err.splitlines()[-1].startswith("[12/12] second/eager/float32, infer, batch 8: works")
+
+
+def test_measuring_everything_begins_with_what_tells_most(comparing, tmp_path):
+    asked, _ = comparing
+    out, _ = portnet_("measure", "--all", "--quick", "--out", tmp_path)
+    assert (asked[0][0].backend, asked[0][0].mode) == ("everywhere", "infer")
+    assert {s.mode for s, _ in asked} == {"infer", "train", "serve"}
+    assert asked[-1][0].backend == "reference"
+    assert "absent: left out. no [bold] device" in out
+
+
+def test_no_time_left_is_said(comparing, tmp_path):
+    asked, _ = comparing
+    _, err = portnet_("measure", "everywhere", "--budget", "0s", "--out", tmp_path)
+    assert not asked
+    assert "no time for everywhere/eager/float32, train, batch 16" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "name stacks, or give --all"),
+        (("everywhere", "--all"), "name stacks, or give --all"),
+        (("evrywhere",), "did you mean everywhere?"),
+        (("everywhere/eager/float33",), "did you mean float32"),
+        (("everywhere/float32/bfloat16",), "names its precision twice"),
+        (("everywhere", "--budget", "soon"), "--budget must be a time such as 90s"),
+        (("everywhere", "--preset", "cafe"), "unknown preset 'cafe'"),
+    ],
+)
+def test_mistakes_in_measuring(comparing, options, said):
+    asked, _ = comparing
+    assert said in portnet_("measure", *options, status=2)[1]
+    assert not asked
+
+
+class Layered(Present):
+    """One layer of software that can be taken away, and one that is not there."""
+
+    name = "layered"
+
+    def library_layers(self, settings):
+        return (
+            LibraryLayer(name="fast", title="the fast library", replace={"formulation": "stock"}),
+            LibraryLayer(name="faster", title="the faster one", missing="this processor has none"),
+        )
+
+
+def test_ablation_measures_the_stack_whole_and_without_each_layer(comparing, monkeypatch, tmp_path):
+    asked, _ = comparing
+    monkeypatch.setattr(plugins, "backends", lambda: Registry([Layered()], []))
+    out, _ = portnet_("ablate", "layered", "--rounds", 2, "--out", tmp_path)
+    assert [s.stack for s, _ in asked[:2]] == ["layered/eager/float32", "layered/eager/float32 without fast"]
+    assert len(asked) == 4
+    assert "the fast library" in out
+    assert "faster: left out. this processor has none" in out
+    assert "has no layer slow" in portnet_("ablate", "layered", "--layers", "slow", status=2)[1]

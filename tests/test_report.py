@@ -32,7 +32,7 @@ def measured(backend: str, *losses: float, **changed: object) -> Record:
     seconds = [0.5, 0.25, 1.0]
     return replace(
         Record(
-            spec=Spec(backend=backend, **spec),
+            spec=Spec(backend=backend, **{"quick": True, **spec}),
             outcome="works",
             device=DEVICE,
             environment=ENVIRONMENT,
