@@ -69,6 +69,11 @@ class OnnxRuntime(Backend):
         self.check(settings)
         return OnnxRuntimeSession(self, graph, weights)
 
+    def open_exported(self, content: bytes, weights: Weights, settings: Settings) -> "ExportedSession":
+        """A serialised model of one input and one output, exported from a module with these weights."""
+        self.check(settings)
+        return ExportedSession(self, content, weights)
+
     def ceilings(self, precision: str) -> Ceilings:
         """Products by a model of one MatMul whose values stay on the provider's device. It has no copy to measure."""
         self.check(Settings(precision=precision))
@@ -229,6 +234,28 @@ class OnnxRuntimeSession(Session):
     def close(self) -> None:
         self.session = self.tracer = None
         self.parameters = {}
+
+
+class ExportedSession(OnnxRuntimeSession):
+    """A model that came as a file: its outputs alone are known, no layers."""
+
+    def __init__(self, backend: OnnxRuntime, content: bytes, weights: Weights) -> None:
+        self.backend, self.content = backend, content
+        self.parameters = {name: np.array(value) for name, value in weights.items()}
+        self.session = self._start()
+
+    def _start(self, *, every_layer: bool = False, profile: Path | None = None) -> Any:
+        return self.backend.start(self.content, profile=profile)
+
+    def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
+        return Session.trace(self, images, labels, masks)
+
+    def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
+        return {}
+
+    def close(self) -> None:
+        super().close()
+        self.content = b""
 
 
 _WARM = 2

@@ -24,6 +24,8 @@ from portnet.graph import LRN, Graph
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from portnet.own_model import Model
+
 INDEX = "https://download.pytorch.org/whl"
 
 
@@ -88,6 +90,19 @@ class TorchBackend(Backend):
         from portnet_backends.torch_session import TorchSession
 
         return TorchSession(self.device_type(), self.synchronize, graph, weights, settings)
+
+    def open_module(self, model: "Model", weights: Weights, settings: Settings) -> Session:
+        """A user's own module on the device; see `portnet.own_model`."""
+        self.check(settings)
+        from portnet_backends import torch_own
+
+        return torch_own.open_module(self.device_type(), self.synchronize, model, weights, settings)
+
+    def own_models(self) -> "ModuleType":
+        """What `portnet.own_model` asks of torch on the processor: its `Torch`."""
+        from portnet_backends import torch_own
+
+        return torch_own
 
     def ceilings(self, precision: str) -> Ceilings:
         self.check(Settings(precision=precision))

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from portnet.images import load as load_data
     from portnet.images import preprocess
     from portnet.model import AlexNet
+    from portnet.own_model import Model
 
-__all__ = ["AlexNet", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
+__all__ = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
 
 __version__ = "0.1.0"
 
 # Loaded when first used: listing backends needs none of them.
 _LAZY = {
     "AlexNet": ("portnet.model", "AlexNet"),
+    "Model": ("portnet.own_model", "Model"),
     "PortNetError": ("portnet.errors", "PortNetError"),
     "load_data": ("portnet.images", "load"),
     "preprocess": ("portnet.images", "preprocess"),

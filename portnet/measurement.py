@@ -25,9 +25,10 @@ from portnet import clock, parity, plugins, stats
 from portnet.contract import PRECISIONS, Backend, Ceilings, Session, Settings
 from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported
 from portnet.graph import Cost
+from portnet.own_model import workload
 from portnet.record import Record, Spec
 from portnet.watch import Energy, Watch, available_memory, busy_before
-from portnet.workload import Say, curve_verdict, effective, workload
+from portnet.workload import Say, curve_verdict, effective
 
 BLOCK = 0.1
 """Seconds that a timed block takes at least."""

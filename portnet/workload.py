@@ -27,7 +27,7 @@ EQUALS = "cpu"
 
 ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a stored activation or operand."""
-_COARSER = {"bfloat16": 2.0**15, "float16": 2.0**12, "tf32": 2.0**12}
+COARSER = {"bfloat16": 2.0**15, "float16": 2.0**12, "tf32": 2.0**12}
 """A rounding to that precision as a multiple of a step between float32 neighbours."""
 
 
@@ -145,7 +145,7 @@ class AlexNet(Workload):
             device = plugins.probe(backend)
         precision = settings.precision if settings.precision in device.precisions else "float32"
         plain = Settings(precision=precision, seed=spec.seed)
-        coarser = _COARSER.get(settings.precision, 1.0)
+        coarser = COARSER.get(settings.precision, 1.0)
 
         def make() -> list[list[float]]:
             verdict = _gate(graph, backend, plain, batch=spec.curve_batch, train=True)
@@ -178,11 +178,6 @@ def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, tra
     tiled = parity.judge_tiled(expected, session, -(-batch // PARITY_BATCH), train=train)
     session.close()
     return parity.join([("", verdict), (f"batch {batch}:", tiled)])
-
-
-def workload(spec: Spec) -> Workload:
-    """The workload that a spec names."""
-    return AlexNet(spec)
 
 
 def effective(backend: Backend, spec: Spec) -> tuple[Settings, dict[str, str]]:

@@ -19,6 +19,7 @@ FLOORS = [
     {"plugins"},
     {"cache", "conformance"},
     {"workload"},
+    {"own_model"},
     {"measurement", "model"},
     {"launch"},
     {"plan"},
@@ -34,7 +35,7 @@ NEUTRAL = {
 }
 
 # Files of backends that are nobody's: what every torch device shares.
-LOADED_BY_OPEN = {"torch_session", "torch_philox", "torch_probe"}
+LOADED_BY_OPEN = {"torch_session", "torch_philox", "torch_probe", "torch_own"}
 SHARED = {"torch_device", "timing", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.

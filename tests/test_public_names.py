@@ -10,7 +10,7 @@ import pytest
 
 import portnet
 
-NAMES = ["AlexNet", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
+NAMES = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
 HEAVY = ["torch", "onnx", "onnxruntime", "click", "rich", "PIL", "matplotlib", "jinja2", "safetensors"]
 
 
@@ -38,8 +38,10 @@ def test_each_is_what_it_says():
     import portnet.errors
     import portnet.images
     import portnet.model
+    import portnet.own_model
 
     assert portnet.AlexNet is portnet.model.AlexNet
+    assert portnet.Model is portnet.own_model.Model
     assert portnet.PortNetError is portnet.errors.PortNetError
     assert portnet.load_data is portnet.images.load
     assert portnet.preprocess is portnet.images.preprocess
@@ -76,7 +78,7 @@ def test_every_error_of_portnets_is_one():
         "import portnet; portnet.backends()",
         "import portnet; portnet.graph().summary()",
         "import portnet; portnet.load_data('digits')",
-        "from portnet import AlexNet, PortNetError",
+        "from portnet import AlexNet, Model, PortNetError",
     ],
 )
 def test_what_needs_no_framework_loads_none(script):
