@@ -225,8 +225,9 @@ class Measurement:
         self.work = clock.Work(session, mode, *self.inputs)
         flops = sum(cost.flops for cost in self._costs(len(self.inputs[0][0])).values())
         ceiling = self.ceilings.flops / flops if self.ceilings and self.ceilings.flops and flops else None
-        repeats, slow = (3, 1) if self.spec.quick else (7, 3)
-        seen = clock.examine(self.work, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling)
+        # Of a slow stack's steps there are few either way.
+        repeats, slow, seconds = (3, 1, BLOCK) if self.spec.quick else (7, 3, 2 * BLOCK)
+        seen = clock.examine(self.work, seconds=seconds, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling)
         self._gate("clock", {mode: {**asdict(seen), "honest": seen.honest}})
         if not seen.honest:
             self._fail("dishonest clock", f"{mode}: {seen}")

@@ -1,0 +1,173 @@
+"""Fake backends that try to fool the harness, each in one way. Named as fakes; none is a device.
+
+Importable as a plug-in, so that measured processes find them too: see `plugin_folder` in conftest.
+"""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from portnet.contract import Backend, Ceilings, Device
+from portnet.hookspecs import hookimpl
+from portnet_backends.reference import ReferenceSession
+
+
+class FakeHonest(ReferenceSession):
+    """Float32 NumPy, with nothing to hide."""
+
+
+class FakeNoSynchronize(FakeHonest):
+    """Its work is done when it is fetched, and `synchronize` does nothing."""
+
+    def infer(self, images):
+        return [lambda: ReferenceSession.infer(self, images)]
+
+    def get(self, value):
+        if isinstance(value, list):
+            value[:] = [value[0]()] if callable(value[0]) else value
+            return np.array(value[0])
+        return np.array(value)
+
+
+class FakeSleepingSynchronize(FakeNoSynchronize):
+    """Its `synchronize` takes its time, and still waits for nothing."""
+
+    def synchronize(self):
+        time.sleep(0.02)
+
+
+class FakeOtherUnits(FakeHonest):
+    """Its own events count milliseconds and call them seconds."""
+
+    def device_seconds(self, run):
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
+
+
+class FakeFallback(FakeHonest):
+    """Says that it computed something elsewhere, as a framework's profiler would."""
+
+    def fallbacks(self, run):
+        run()
+        return {"aten::local_response_norm": 2}
+
+
+class FakeRemembers(FakeHonest):
+    """Computes what it has not seen before, and hands out the rest from memory: the last `kept` answers."""
+
+    kept = 10**6
+
+    def infer(self, images):
+        memory = self.__dict__.setdefault("memory", {})
+        key = images.tobytes()
+        if key not in memory:
+            memory[key] = super().infer(images)
+            while len(memory) > self.kept:
+                memory.pop(next(iter(memory)))
+        return memory[key]
+
+
+class FakeRemembersTheLast(FakeRemembers):
+    """Remembers one answer only."""
+
+    kept = 1
+
+
+class FakeSlowing(FakeHonest):
+    """Every step takes a little longer than the one before."""
+
+    steps = 0
+
+    def infer(self, images):
+        # Gates and warm-up are some hundred steps.
+        self.steps += 1
+        time.sleep(0.02 + 1e-4 * self.steps)
+        return super().infer(images)
+
+
+class FakeTooFast(FakeRemembers):
+    """Remembers every answer, of images that it is told of beforehand: only the ceiling gives it away."""
+
+    def put(self, array):
+        put = super().put(array)
+        if put.ndim == 4 and len(put) > 1:
+            FakeRemembers.infer(self, put)
+        return put
+
+
+class FakeCrashing(FakeHonest):
+    def infer(self, images):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class FakeHanging(FakeHonest):
+    def infer(self, images):
+        time.sleep(3600)
+
+
+class FakeKilled(FakeHonest):
+    """Ends as by the system's out-of-memory killer."""
+
+    def infer(self, images):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FakeOutOfMemory(FakeHonest):
+    def infer(self, images):
+        raise MemoryError("cannot allocate 1 TiB")
+
+
+class FakeBroken(FakeHonest):
+    def infer(self, images):
+        raise RuntimeError("it broke")
+
+
+def merged_lrn(graph):
+    """A wrong layer: the alpha of LRN without the 5."""
+    return replace(graph, layers=tuple(replace(x, alpha=x.alpha / 5) if x.name == "norm1" else x for x in graph.layers))
+
+
+class FakeDevice(Backend):
+    vendor = "nobody"
+    modes = ("infer", "train")
+
+    def __init__(self, name, session=FakeHonest, tamper=lambda graph: graph, flops=None):
+        self.name, self.session, self.tamper, self.flops = name, session, tamper, flops  # type: ignore[misc]
+
+    def probe(self):
+        return Device(name="a fake", precisions=("float32",), unified=True)
+
+    def open(self, graph, weights, settings):
+        self.check(settings)
+        return self.session(self.tamper(graph), weights, settings)
+
+    def ceilings(self, precision):
+        return Ceilings(flops=self.flops, bandwidth=1e11, samples={}) if self.flops else None
+
+
+FAKES = {
+    "fake-honest": FakeDevice("fake-honest"),
+    "fake-no-synchronize": FakeDevice("fake-no-synchronize", FakeNoSynchronize),
+    "fake-sleeping-synchronize": FakeDevice("fake-sleeping-synchronize", FakeSleepingSynchronize),
+    "fake-other-units": FakeDevice("fake-other-units", FakeOtherUnits),
+    "fake-wrong-layer": FakeDevice("fake-wrong-layer", tamper=merged_lrn),
+    "fake-fallback": FakeDevice("fake-fallback", FakeFallback),
+    "fake-remembers": FakeDevice("fake-remembers", FakeRemembers),
+    "fake-remembers-the-last": FakeDevice("fake-remembers-the-last", FakeRemembersTheLast),
+    "fake-too-fast": FakeDevice("fake-too-fast", FakeTooFast, flops=1e12),
+    "fake-slowing": FakeDevice("fake-slowing", FakeSlowing),
+    "fake-crashing": FakeDevice("fake-crashing", FakeCrashing),
+    "fake-hanging": FakeDevice("fake-hanging", FakeHanging),
+    "fake-killed": FakeDevice("fake-killed", FakeKilled),
+    "fake-out-of-memory": FakeDevice("fake-out-of-memory", FakeOutOfMemory),
+    "fake-broken": FakeDevice("fake-broken", FakeBroken),
+}
+
+
+@hookimpl
+def portnet_backends():
+    return FAKES.values()

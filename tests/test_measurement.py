@@ -1,0 +1,208 @@
+"""The method tested on itself: each way of fooling the harness, by a fake made for it, has the right outcome."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes_measured import FAKES
+
+from portnet import clock, launch, measurement, plugins, record, workload
+from portnet.contract import Backend, Device, LibraryLayer, Settings
+from portnet.errors import InputError, UnknownName, Unsupported
+from portnet.plugins import Registry
+from portnet.record import Spec
+
+SMALL = Spec(
+    backend="fake-honest",
+    preset="paper2012",
+    image_size=67,
+    batch=4,
+    curve_size=67,
+    curve_batch=4,
+    curve_steps=3,
+    perturbed=0,
+    blocks=3,
+    quick=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch, tmp_path):
+    """The fakes beside PortNet's own backends, and a cache of one's own, once per run."""
+    real = plugins.backends()
+    registry = Registry([*real.values(), *FAKES.values()], [])
+    monkeypatch.setattr(plugins, "backends", lambda: registry)
+    return registry
+
+
+def measured(backend, **changes):
+    said = []
+    made = measurement.measure(replace(SMALL, backend=backend, **changes), said.append)
+    made.to_json()  # whatever the outcome, it can be kept
+    return made
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_an_honest_one_works_and_keeps_every_sample(mode):
+    made = measured("fake-honest", mode=mode)
+    assert (made.outcome, made.reason) == ("works", "")
+    timed = made.samples[mode]
+    assert len(timed["seconds"]) == 3
+    assert min(timed["seconds"]) >= 0.5 * measurement.BLOCK
+    assert len(timed["warm_up"]) >= 3
+    assert made.gates["parity"]["passed"]
+    assert made.gates["parity"]["findings"]
+    assert made.gates["fallbacks"] == {"known": True, "operations": {}}
+    assert made.gates["clock"][mode]["honest"]
+    assert made.times["since_start"] > made.times["first_step"] > 0
+    assert made.effective["precision"] == "float32"
+    assert made.watch["blocks"] == 3
+    assert list(made.layers) == [s.layer.name for s in workload.AlexNet(SMALL).graph.steps]
+    assert bool(made.training) == (mode == "train")
+
+
+@pytest.mark.parametrize(
+    ("backend", "outcome", "said"),
+    [
+        ("fake-no-synchronize", "dishonest clock", "fetching the last value took"),
+        ("fake-sleeping-synchronize", "dishonest clock", "fetching the last value took"),
+        ("fake-other-units", "dishonest clock", "the device's events say"),
+        ("fake-remembers", "dishonest clock", "inputs not seen before took"),
+        ("fake-too-fast", "dishonest clock", "of the ceiling measured here"),
+        ("fake-wrong-layer", "wrong", "norm1"),
+        ("fake-out-of-memory", "out of memory", "cannot allocate 1 TiB"),
+        ("fake-broken", "failed", "RuntimeError: it broke"),
+    ],
+)
+def test_what_tries_to_fool_the_harness_has_no_speed(backend, outcome, said):
+    made = measured(backend)
+    assert made.outcome == outcome
+    assert said in made.reason
+    assert not made.samples
+    assert not made.serving
+
+
+def test_a_fallback_is_partial_and_named():
+    made = measured("fake-fallback")
+    assert made.outcome == "partial"
+    assert made.reason == "2 operations ran elsewhere than on the device: aten::local_response_norm (2)"
+    assert made.samples["infer"]["seconds"]
+
+
+def test_one_that_remembers_its_last_answer_has_to_work_all_the_same():
+    """No step gets the input of the step before it: the memory is of no use, and the time is that of the work."""
+    made = measured("fake-remembers-the-last")
+    assert made.outcome == "works"
+    honest = measured("fake-honest")
+    per_step = [np.median(m.samples["infer"]["seconds"]) / m.samples["infer"]["steps"] for m in (made, honest)]
+    assert per_step[0] > 0.5 * per_step[1]
+
+
+def test_one_that_slows_down_is_unsteady_and_keeps_its_samples():
+    made = measured("fake-slowing", blocks=30)
+    assert made.outcome == "unsteady"
+    assert "its time changed by +" in made.reason
+    assert len(made.samples["infer"]["seconds"]) == 30
+
+
+def test_a_curve_outside_the_envelope_of_equals_is_wrong():
+    equals = [[2.0, 1.9, 1.8], [2.0, 1.91, 1.83], [2.0, 1.9, 1.82]]
+    inside = {"losses": [2.0, 1.905, 1.84], "perturbed": equals}
+    assert workload.curve_verdict(inside)["passed"]
+    outside = {"losses": [2.0, 1.905, 1.87], "perturbed": equals}
+    seen = workload.curve_verdict(outside)
+    assert not seen["passed"]
+    assert seen["step"] == 2
+    # Equals that agree to the bit leave the loss's own rounding.
+    assert workload.curve_verdict({"losses": [2.000001], "perturbed": [[2.0], [2.0]]})["passed"]
+    assert not workload.curve_verdict({"losses": [2.1], "perturbed": [[2.0], [2.0]]})["passed"]
+
+
+def test_a_mode_a_backend_has_not():
+    made = measured("onnxruntime-cpu", mode="train")
+    assert (made.outcome, made.reason) == ("not available", "onnxruntime-cpu does not train")
+
+
+def test_serving_a_user():
+    made = measured("fake-honest", mode="serve", batch=1)
+    assert made.outcome == "works", made.reason
+    found = made.serving
+    assert len(found["latencies"]) == 100
+    assert found["p50"] <= found["p90"] <= found["p99"]
+    assert list(found["sweep"]) == ["1", "2", "4", "8", "16", "32"]
+    assert found["largest_batch"] is None
+    assert found["bus"]["reason"] == "host and device share their memory"
+
+
+def test_parsing_stacks():
+    parse = measurement.parse_stack
+    assert parse("cpu") == {"backend": "cpu"}
+    assert parse("cpu/compile/bfloat16") == {"backend": "cpu", "engine": "compile", "precision": "bfloat16"}
+    assert parse("cpu/bfloat16/stock/channels-last") == {
+        "backend": "cpu", "precision": "bfloat16", "formulation": "stock", "channels_last": True,
+    }  # fmt: skip
+    assert parse("reference") == {"backend": "reference", "precision": "float64"}
+    for wrong in ("cpuu", "cpu/float33", "onnxruntime-cpu/compile"):
+        with pytest.raises(UnknownName):
+            parse(wrong)
+    with pytest.raises(InputError, match="precision twice"):
+        parse("cpu/float32/bfloat16")
+
+
+class FakeLayered(Backend):
+    """Three kinds of layers, and one that is not there."""
+
+    name = "fake-layered"
+    vendor = "nobody"
+
+    def probe(self):
+        return Device(name="a fake", precisions=("float32", "tf32"))
+
+    def open(self, graph, weights, settings):
+        raise NotImplementedError
+
+    def library_layers(self, settings):
+        return (
+            LibraryLayer(name="cores", title="", replace={"precision": "float32"}),
+            LibraryLayer(name="isa", title="", environment={"FAKE_ISA": "old"}),
+            LibraryLayer(name="library", title=""),
+            LibraryLayer(name="gone", title="", missing="this processor has none"),
+        )
+
+
+def test_what_is_in_force_once_layers_are_taken_away():
+    spec = Spec(backend="fake-layered", precision="tf32")
+    backend = FakeLayered()
+    assert workload.effective(backend, spec) == (Settings(precision="tf32"), {})
+    taken = replace(spec, without=("cores", "isa", "library"))
+    settings, environment = workload.effective(backend, taken)
+    assert settings == Settings(precision="float32", without=("library",))
+    assert environment == {"FAKE_ISA": "old"}
+    with pytest.raises(Unsupported, match="'gone' cannot be taken away: this processor has none"):
+        workload.effective(backend, replace(spec, without=("gone",)))
+    with pytest.raises(Unsupported, match="no layer 'other'"):
+        workload.effective(backend, replace(spec, without=("other",)))
+
+
+def test_a_layer_of_the_environment_needs_a_process_started_for_it(fakes, monkeypatch):
+    registry = Registry([*fakes.values(), FakeLayered()], [])
+    monkeypatch.setattr(plugins, "backends", lambda: registry)
+    made = measurement.measure(Spec(backend="fake-layered", precision="tf32", without=("isa",)))
+    assert made.outcome == "not available"
+    assert "FAKE_ISA" in made.reason
+    assert launch._environment(made.spec) == {"FAKE_ISA": "old"}
+
+
+def test_images_are_renewed_for_every_block():
+    session = FAKES["fake-honest"].open(workload.AlexNet(SMALL).graph, workload.AlexNet(SMALL).start, Settings())
+    batches = workload.AlexNet(SMALL).batches(4)
+    work = clock.Work(session, "infer", next(batches), next(batches))
+    seen = {work.unseen(1)[0][0].tobytes() for _ in range(70)}
+    assert len(seen) == 70
+
+
+def test_a_record_holds_its_spec(tmp_path):
+    made = measured("fake-honest", without=())
+    assert record.read(made.write(tmp_path)) == made
+    assert json.loads(made.to_json())["spec"]["without"] == []
