@@ -4,8 +4,9 @@
 
 Each process writes one record after another into one folder until SIGKILL ends it. After each kill every ``*.json`` in
 the folder must be a record that verifies; every record whose writing had returned must be there; and nothing besides
-but temporary files, which nobody reads. Exit status 1 if any of that fails, or if no kill hit a file half-written,
-since then nothing was shown. The records are large so that writing one takes a while.
+but temporary files, which nobody reads. Exit status 1 if any of that fails, or if no kill hit the writing of a file,
+since then nothing was shown. The records are large so that writing one takes a while; the larger, the more are hit
+half-written.
 
 What a kill cannot show is the loss of power: what the kernel was told to write, it writes when the process is gone.
 """
@@ -28,7 +29,15 @@ LONGEST = 0.1
 """Seconds after the first record is begun, at most, at which the process is killed."""
 KEPT = 20
 """Kills after which temporary files left behind are removed: writers work beside them, but a disk is finite."""
-MOMENTS = ("half-written", "before renaming", "after renaming", "before or after the file", "between records")
+HALF, EMPTY, WHOLE, RENAMED, AROUND, BETWEEN = MOMENTS = (
+    "half-written",
+    "before a byte was written",
+    "written, not renamed",
+    "renamed, not returned",
+    "preparing or tidying up",
+    "between records",
+)
+"""What a kill can hit."""
 
 
 def write(folder: str, size: int) -> None:
@@ -75,9 +84,10 @@ def judge(folder: Path, told: Sequence[str], left: set[Path], size: int) -> tupl
     strange = {*folder.iterdir()} - {path for f in found for path in f.paths} - left - {*temporary}
     wrong += [f"{path.name} is there, and neither record nor temporary" for path in strange if not refused]
     if temporary:
-        moment = MOMENTS[0] if temporary[0].stat().st_size < size else MOMENTS[1]
+        length = temporary[0].stat().st_size
+        moment = EMPTY if not length else HALF if length < size else WHOLE
     else:
-        moment = MOMENTS[2] if unannounced else MOMENTS[3] if open_ else MOMENTS[4]
+        moment = RENAMED if unannounced else AROUND if open_ else BETWEEN
     for f in found:
         f.paths[0].unlink()
     return moment, wrong, len(found)
@@ -109,8 +119,8 @@ def run(kills: int, size: int, seed: int, folder: Path) -> bool:
         print(f"{moments[moment]:6} {moment}")
     for line in wrong:
         print(line)
-    hit = moments[MOMENTS[0]] > 0
-    print("FAILED" if wrong else "passed" if hit else "FAILED: no kill hit a file half-written; take a larger --size")
+    hit = moments[HALF] + moments[EMPTY] + moments[WHOLE] > 0
+    print("FAILED" if wrong else "passed" if hit else "FAILED: no kill hit the writing of a file; take a larger --size")
     return hit and not wrong
 
 

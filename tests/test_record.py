@@ -466,7 +466,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 def test_killed_writers_leave_whole_records_or_none() -> None:
     """benchmarks/kill_records.py does 1,000."""
     script = Path(__file__).parents[1] / "benchmarks" / "kill_records.py"
-    command = [sys.executable, str(script), "--kills", "50", "--size", "500000"]
+    command = [sys.executable, str(script), "--kills", "50", "--size", "1000000"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (ran.returncode, ran.stdout.splitlines()[-1], ran.stderr) == (0, "passed", ""), ran.stdout
 
@@ -487,6 +487,8 @@ def test_temporary_files_are_told_apart_and_left_alone(tmp_path: Path, monkeypat
     left = seen[0]
     left.write_text("half")
     SMALL.write(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "scratch.tmp").touch()
     assert files.unfinished(tmp_path) == [left]
     assert record.read_all([tmp_path]) == ([SMALL], [])
 

@@ -21,7 +21,7 @@ TIMED = Record(
     round={"series": "s", "number": 0, "reruns": 0, "rejected": False},
     samples={"infer": {"batch": 32, "steps": 4, "seconds": [0.5, 0.125, 0.25]}},
 )
-HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07[/red]\u202egnp.exe\u2066\u200b\r\n\x85\u2028\ud800\x7f :smile: " + "x" * 500
+HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07[/red]\u202egnp.exe\u2066\u200b\r\n\x85\u2028\ud800\x7f :smile: " + "x" * 5000
 
 
 def records(*arguments: object, status: int = 0) -> str:
@@ -99,6 +99,7 @@ def test_a_temporary_file_is_named_and_no_failure(tmp_path: Path) -> None:
 def test_series_rounds_and_duplicates_are_counted(tmp_path: Path) -> None:
     for series, number, reruns, rejected in (
         ("a", 0, 0, True), ("a", 0, 1, False), ("a", 1, 0, False), ("b", 0, 0, False),
+        ("b", 7, 0, True),
     ):  # fmt: skip
         for batch in (1, 2):  # two stacks of a round
             place = {"series": series, "number": number, "reruns": reruns, "rejected": rejected}
@@ -106,12 +107,9 @@ def test_series_rounds_and_duplicates_are_counted(tmp_path: Path) -> None:
     replace(TIMED, round={}).write(tmp_path / "one")
     replace(TIMED, round={}).write(tmp_path / "two")
     told = records(tmp_path / "one", tmp_path / "two")
-    assert told.splitlines()[-1] == "9 records in 2 series of 3 rounds and 1 rejected, 1 duplicate"
-    assert (told.count("round 1"), told.count("round 2"), len(re.findall("rejected$|rejected  ", told, re.M))) == (
-        4,
-        2,
-        2,
-    )
+    assert told.splitlines()[-1] == "11 records in 2 series of 3 rounds and 2 rejected, 1 duplicate"
+    assert (told.count("round 1"), told.count("round 2")) == (4, 2)
+    assert len(re.findall("rejected( |$)", told, re.MULTILINE)) == 4
 
 
 @pytest.mark.parametrize(
@@ -146,8 +144,8 @@ def test_no_record_speaks_to_the_terminal(tmp_path: Path) -> None:
     for content in ({"schema": HOSTILE}, {"schema": "portnet.record/2", HOSTILE: 1}):
         data = json.dumps(content).encode()
         (tmp_path / f"{hashlib.sha256(data).hexdigest()}.json").write_bytes(data)
-    (tmp_path / "a\x1b[2J\u202e\n[red]b.json").touch()
-    (tmp_path / ".a\x1b[2J\u202e\n[red]b.tmp").touch()
+    (tmp_path / "a\x1b[2J\u202e\nRefused [red]b.json").touch()
+    (tmp_path / ".a\x1b[2J\u202e\nUnfinished: [red]b.tmp").touch()
     told = records(tmp_path, status=1)
     spoken = {c for c in told if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
     assert not spoken, [hex(ord(c)) for c in spoken]
