@@ -186,10 +186,10 @@ def check(model: Model, inputs: Array, targets: Array) -> None:
         raise InputError(f"the loss must be one number (a tensor of shape ()), got {loss!r:.80}")
 
 
-def baseline(model: Model, weights: Weights, precision: str) -> OwnSession:
+def baseline(model: Model, weights: Weights, precision: str, *, channels_last: bool = False) -> OwnSession:
     """The module on the processor as it stands: float64 the reference, otherwise what the precision costs there."""
     kind = _Tf32 if precision == "tf32" else OwnSession
-    return kind("cpu", lambda: None, model, weights, Settings(precision=precision))
+    return kind("cpu", lambda: None, model, weights, Settings(precision=precision, channels_last=channels_last))
 
 
 class _Tf32(OwnSession):
