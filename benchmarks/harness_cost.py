@@ -1,4 +1,4 @@
-"""What the harness itself costs: microseconds a step around a session that does nothing, and the share that is of a step.
+"""What the harness itself costs: microseconds a step around a session that does nothing, as a share of a real step.
 
     python benchmarks/harness_cost.py [STACK]
 

@@ -118,7 +118,7 @@ def _measuring_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs."),
         click.option("--out", type=FOLDER, default=Path("portnet-records"), show_default=True),
-        click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for an answer."),
+        click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process."),
         click.option("--budget", metavar="TIME", help="Such as 9m: no round begins that would not end by then."),
         click.option("--quick", is_flag=True, help="One round of few blocks: figures that are not to be quoted."),
         click.option("--rounds", type=click.IntRange(1), help="Fresh processes per stack; 10, or 1 with --quick."),
@@ -264,7 +264,7 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--model", default="", help="package:factory of a model of your own, instead of AlexNet.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process.")
 @click.option("--out", type=FOLDER, default=Path("portnet-compare"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs.")
 def compare(

@@ -40,7 +40,7 @@ RERUNS = 2
 class Worker:
     """A measurement in a process of its own, told over its standard input what to do next.
 
-    A worker that does not answer within `timeout` seconds is killed with its children (``timeout``). One that dies
+    A worker that gives no sign of life for `timeout` seconds is killed with its children (``timeout``). One that dies
     leaves a record too: ``out of memory`` where the system killed a process for it meanwhile, else ``failed``, with
     the end of what it wrote.
     """
@@ -112,6 +112,7 @@ class Worker:
             try:
                 answer = json.loads(line)
                 if "say" in answer:
+                    deadline = time.monotonic() + self.timeout
                     self.say(answer["say"])
                 else:
                     return answer["answer"]
@@ -140,7 +141,7 @@ class Worker:
     def _lost(self) -> Record:
         lost = Record(spec=self.spec, outcome="failed", environment=measurement.environment())
         if self._late:
-            return replace(lost, outcome="timeout", reason=f"no answer within {self.timeout:.0f} s")
+            return replace(lost, outcome="timeout", reason=f"no sign of life for {self.timeout:.0f} s")
         self._process.wait()
         self._errors.seek(0)
         end = " ".join(self._errors.read().split())[-500:] or "no message"

@@ -289,8 +289,7 @@ class Measurement:
 
     def _finish(self, beside: list[float]) -> None:
         session = self.session
-        assert session is not None
-        if self.spec.mode != "serve":
+        if session is not None:
             if not self.seconds:
                 self._fail("not measured", "no block was timed")
                 return
@@ -298,7 +297,7 @@ class Measurement:
             if not self.work.is_right(value):
                 self._fail("wrong", "after the timed blocks, a step on a known batch no longer gave its value")
                 return
-            if self.ceilings is not None and self.ceilings.flops:
+            if self.ceilings is not None and not self.spec.quick:
                 # Once more: a device that heated up or was slowed down had another ceiling at the end.
                 again = self.backend.ceilings(self.settings.precision)
                 self._add(ceilings={**asdict(self.ceilings), "after": asdict(again) if again else None})
@@ -329,8 +328,9 @@ class Measurement:
         else:
             self._add(outcome="works")
 
-    def _watched(self, session: Session) -> None:
-        watch = self.watch.summary() | {"busy_before": self.busy, "device_peak_memory": session.peak_memory()}
+    def _watched(self, session: Session | None) -> None:
+        watch = self.watch.summary() | {"busy_before": self.busy}
+        watch["device_peak_memory"] = session.peak_memory() if session else None
         if self.energy is not None:
             watch["energy"] = self.energy.summary()
         self._add(watch=watch)

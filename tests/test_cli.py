@@ -23,7 +23,7 @@ from portnet.plugins import Problem, Registry
 from portnet.record import Record
 
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
-COMMANDS = ("backends", "check", "compare", "export", "infer", "records", "summary", "train")
+COMMANDS = ("ablate", "backends", "check", "compare", "export", "infer", "measure", "records", "summary", "train")
 TINY = ("--preset", "tiny", "--backend", "reference")
 
 

@@ -1,0 +1,142 @@
+"""Fresh processes side by side: whatever becomes of one, the others are measured, and nothing outlives its parent."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from test_measurement import SMALL
+
+from portnet import launch, lockin, record
+from portnet.record import Record
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def plugin(tmp_path_factory, monkeypatch):
+    """The fakes as a stranger's plug-in that every process finds."""
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / "portnet_fakes-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: portnet-fakes\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[portnet]\nfakes = fakes_measured\n")
+    path = os.pathsep.join(map(str, (folder, TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.delenv("PORTNET_DISABLE_PLUGINS", raising=False)
+    return path
+
+
+def spec(name, **changes):
+    return replace(SMALL, backend=name, **changes)
+
+
+def test_whatever_becomes_of_one_process_the_others_are_measured():
+    names = ["fake-honest", "fake-crashing", "fake-broken", "fake-killed", "fake-hanging", "fake-fallback"]
+    said = []
+    rounds = list(
+        launch.series([spec(n) for n in names], rounds=2, timeout=25, say=lambda s, line: said.append((s.stack, line)))
+    )
+    first = {r.spec.backend: r for r in rounds[0]}
+    assert {n: r.outcome for n, r in first.items()} == {
+        "fake-honest": "works",
+        "fake-crashing": "failed",
+        "fake-broken": "failed",
+        "fake-killed": "failed",
+        "fake-hanging": "timeout",
+        "fake-fallback": "partial",
+    }
+    assert "signal 11 (SIGSEGV)" in first["fake-crashing"].reason
+    assert "signal 9 (SIGKILL)" in first["fake-killed"].reason
+    assert first["fake-hanging"].reason == "no sign of life for 25 s"
+    # What cannot be timed is not started again.
+    assert [r.spec.backend for r in rounds[-1]] == ["fake-honest", "fake-fallback"]
+    honest = first["fake-honest"]
+    assert honest.round["beside"] == ["fake-fallback/eager/float32"]
+    assert len(honest.round["probe"]) == SMALL.blocks
+    assert len({r.round["series"] for made in rounds for r in made}) == 1
+    assert ("fake-honest/eager/float32", "parity against the float64 reference") in said
+    # Layers and curves are for the first round alone; gates are for every one.
+    again = next(r for r in rounds[-1] if r.spec.backend == "fake-honest")
+    assert again.gates["parity"]["findings"] == honest.gates["parity"]["findings"]
+    found = lockin.figures([r for made in rounds for r in made])
+    assert next(f for f in found if f.spec.backend == "fake-honest").outcome == "works"
+    assert lockin.compare(*[f for f in found if f.rate]).rounds >= 1
+
+
+def test_what_the_system_kills_for_memory_is_out_of_memory(monkeypatch):
+    """The kernel's own counter tells; here a fake one that rises."""
+    counts = iter(range(100))
+    monkeypatch.setattr(launch, "_memory_kills", lambda: next(counts))
+    made = launch.run(spec("fake-killed"), timeout=60)
+    assert made.outcome == "out of memory"
+
+
+def test_a_round_on_an_uneven_machine_is_run_again(monkeypatch):
+    def made(stack, probe):
+        return Record(spec=spec(stack), outcome="works", round={"probe": [probe] * 3}), True
+
+    tries = []
+
+    def round_(specs, place, timeout, say, *, first):
+        tries.append(place)
+        uneven = len(tries) == 1
+        return [made("fake-honest", 1.0), made("fake-fallback", 1.2 if uneven else 1.05)]
+
+    monkeypatch.setattr(launch, "_round", round_)
+    rounds = list(launch.series([spec("fake-honest"), spec("fake-fallback")], rounds=2))
+    assert [[r.round["rejected"] for r in one] for one in rounds] == [[True, True], [False, False], [False, False]]
+    assert [(p["number"], p["reruns"]) for p in tries] == [(0, 0), (0, 1), (1, 0)]
+    # One that stays uneven stands after so many tries, and is not tried for ever.
+    tries.clear()
+    monkeypatch.setattr(launch, "_round", lambda *a, first: [made("fake-honest", 1.0), made("fake-fallback", 1.2)])
+    assert len(list(launch.series([spec("fake-honest"), spec("fake-fallback")], rounds=1))) == 1 + launch.RERUNS
+
+
+def test_no_round_begins_that_would_end_too_late(monkeypatch):
+    began = time.monotonic()
+    monkeypatch.setattr(
+        launch, "_round", lambda *a, first: (time.sleep(0.2), [(Record(spec=SMALL, outcome="works"), True)])[1]
+    )
+    rounds = list(launch.series([SMALL], rounds=100, deadline=began + 1))
+    assert 2 <= len(rounds) <= 5
+    assert time.monotonic() - began < 1.1
+    assert not list(launch.series([SMALL], rounds=1, deadline=began))
+
+
+def _descendants(pid):
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_when_the_parent_ends_nothing_is_left_running_and_every_record_is_whole(tmp_path, how):
+    """Two kills here; ``benchmarks/kill_records.py`` does many."""
+    command = [sys.executable, "-m", "portnet.cli", "measure", "fake-honest", "fake-fallback", "--mode", "infer"]
+    command += ["--image-size", "67", "--preset", "paper2012", "--batch", "4", "--quick", "--rounds", "50"]
+    rng = random.Random(how)
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        # Until the first records are there, and then in the middle of something.
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("out/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0.5, 3))
+        children = _descendants(process.pid)
+        process.send_signal(how)
+        process.wait(timeout=30)
+        process.stderr.read()
+    gone, left = psutil.wait_procs(children, timeout=15)
+    assert not left
+    found, problems = record.read_all([tmp_path / "out"])
+    assert len(found) >= 2
+    assert not problems
