@@ -4,9 +4,10 @@
 #   benchmarks/on_device.sh BACKEND OUT_DIR
 #
 # Uses the machine's own python3, its torch above all, and needs PortNet's dependencies there (or on PYTHONPATH). What
-# matters most comes first: the conformance suite, the comparison, a short sweep over batch sizes. A step that fails or
-# runs out of time is named in the table at the end, and the next one runs. OUT_DIR gets log.txt, records.tar.gz and
-# summary.txt. Exit status: 0 if every step passed, otherwise 1; 2 for a wrong call.
+# matters most comes first: the conformance suite on small networks, then every stack of the backend, the most telling
+# first, as much as fits, then what its libraries are worth. A step that fails or runs out of time is named in the table
+# at the end, and the next one runs. OUT_DIR gets log.txt, records.tar.gz and summary.txt. Exit status: 0 if every step
+# passed, otherwise 1; 2 for a wrong call.
 set -uo pipefail
 
 if [ $# -ne 2 ]; then
@@ -25,8 +26,7 @@ mkdir "$work/site" "$work/source" "$work/records"
 cd "$work/records" || exit 2 # away from the checkout, so that the installation is what runs
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 portnet=(python3 -m portnet.cli)
-compared=$backend,reference
-[ "$backend" = cpu ] || compared=$backend,cpu,reference
+ablated=bfloat16
 failed=0
 : >"$out/summary.txt"
 : >"$out/log.txt"
@@ -64,11 +64,12 @@ offline=(--quiet --no-index --no-deps --no-build-isolation --no-compile)
 step install 90 python3 -m pip install "${offline[@]}" --target "$work/site" "$work/source"
 
 step backends 60 "${portnet[@]}" backends
-step check 200 "${portnet[@]}" check "$backend"
-step compare 200 "${portnet[@]}" compare --backends "$compared" --out compare
-for batch in 16 64 256 1024; do
-  step "batch-$batch" 45 "${portnet[@]}" compare --backends "$backend" --batch "$batch" --out "batch-$batch"
-done
+step check 150 "${portnet[@]}" check "$backend" --image-size 67
+# A budget ends between two rounds; the steps' own limits are for what hangs.
+step measure 220 "${portnet[@]}" measure --all --backends "$backend" --batch 128 --batch 1024 --quick --rounds 3 \
+  --budget 190s --timeout 100 --out measured
+step ablate 110 "${portnet[@]}" ablate "$backend/$ablated" --mode train --batch 128 --quick --rounds 2 \
+  --budget 90s --timeout 60 --out ablated
 
 # One file of them all: what fetches results from such a machine may take only a few.
 tar -czf "$out/records.tar.gz" -C "$work/records" .

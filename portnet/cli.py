@@ -118,7 +118,9 @@ def _measuring_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs."),
         click.option("--out", type=FOLDER, default=Path("portnet-records"), show_default=True),
-        click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process."),
+        click.option(
+            "--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process."
+        ),
         click.option("--budget", metavar="TIME", help="Such as 9m: no round begins that would not end by then."),
         click.option("--quick", is_flag=True, help="One round of few blocks: figures that are not to be quoted."),
         click.option("--rounds", type=click.IntRange(1), help="Fresh processes per stack; 10, or 1 with --quick."),
@@ -196,6 +198,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
 @main.command()
 @click.argument("stacks", nargs=-1, metavar="STACK...")
 @click.option("--all", "every", is_flag=True, help="Every stack that is available here, the most telling first.")
+@click.option("--backends", "names", help="With --all: only these, comma-separated.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(["train", "infer", "serve"]), help="Repeatable.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=[16], show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), help="For stacks that name none.")
@@ -204,6 +207,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
 def measure(
     stacks: tuple[str, ...],
     every: bool,
+    names: str | None,
     modes: tuple[str, ...],
     batches: tuple[int, ...],
     precision: str | None,
@@ -218,14 +222,15 @@ def measure(
     """
     from portnet import plan as planning
 
-    if every == bool(stacks):
-        raise click.UsageError("name stacks, or give --all")
+    if every == bool(stacks) or (names and not every):
+        raise click.UsageError("name stacks, or give --all and perhaps --backends")
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
     if precision:
         stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
     more: dict[str, Any] = {"blocks": 8, "perturbed": 3} if options["quick"] else {}
     if every:
-        plan = planning.everything(modes=modes, batches=batches, **options, **more)
+        chosen = [name.strip() for name in names.split(",")] if names else []
+        plan = planning.everything(chosen, modes=modes, batches=batches, **options, **more)
     else:
         without = tuple(name.strip() for name in ablate.split(",")) if ablate else ()
         plan = planning.of_stacks(stacks, modes=modes, batches=batches, without=without, **options, **more)

@@ -724,8 +724,8 @@ def test_no_time_left_is_said(comparing, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "name stacks, or give --all"),
-        (("everywhere", "--all"), "name stacks, or give --all"),
+        ((), "name stacks, or give --all and perhaps --backends"),
+        (("everywhere", "--all"), "name stacks, or give --all and perhaps --backends"),
         (("evrywhere",), "did you mean everywhere?"),
         (("everywhere/eager/float33",), "did you mean float32"),
         (("everywhere/float32/bfloat16",), "names its precision twice"),
