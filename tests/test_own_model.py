@@ -27,6 +27,15 @@ def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("PORTNET_CACHE", str(tmp_path_factory.getbasetemp() / "own"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for one another beside other work make steps of microseconds last milliseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Factories, named as a user names them.
 
 
@@ -427,7 +436,7 @@ def test_costs():
     assert work.costs(32, training=True, precision="float32")["model"].macs == 3 * infer.macs - 32 * 6 * 8
 
 
-def test_curve(monkeypatch):
+def test_curve():
     work = OwnModel(spec("small", curve_steps=4, curve_batch=8, perturbed=3))
     said = []
     found = work.curve(BACKEND, Settings(), said.append)
@@ -445,7 +454,8 @@ def test_a_curve_that_diverges():
     step, told = session.train_step, iter([1.0, np.nan])
     session.train_step = lambda *a, **k: step(*a, **k) * 0 + next(told)
     assert work._fit(session, "training", str) == [1.0, own_model.DIVERGED, own_model.DIVERGED, own_model.DIVERGED]
-    work.model = portnet.Model(**vars(work.model) | {"learning_rate": 1e39})
+    work = OwnModel(spec("odd", curve_steps=4, curve_batch=8, perturbed=2))
+    work.model = portnet.Model(**vars(work.model) | {"learning_rate": 1e30})
     with pytest.raises(InputError, match="diverges in 4 steps of 8"):
         work.curve(BACKEND, Settings(), str)
 
