@@ -135,7 +135,7 @@ def test_when_the_parent_ends_nothing_is_left_running_and_every_record_is_whole(
         process.send_signal(how)
         process.wait(timeout=30)
         process.stderr.read()
-    gone, left = psutil.wait_procs(children, timeout=15)
+    _, left = psutil.wait_procs(children, timeout=15)
     assert not left
     found, problems = record.read_all([tmp_path / "out"])
     assert len(found) >= 2
