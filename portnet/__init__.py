@@ -19,8 +19,19 @@ if TYPE_CHECKING:
     from portnet.images import preprocess
     from portnet.model import AlexNet
     from portnet.own_model import Model
+    from portnet.plan import measure
 
-__all__ = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
+__all__ = [
+    "AlexNet",
+    "Model",
+    "PortNetError",
+    "__version__",
+    "backends",
+    "graph",
+    "load_data",
+    "measure",
+    "preprocess",
+]
 
 __version__ = "0.1.0"
 
@@ -30,6 +41,7 @@ _LAZY = {
     "Model": ("portnet.own_model", "Model"),
     "PortNetError": ("portnet.errors", "PortNetError"),
     "load_data": ("portnet.images", "load"),
+    "measure": ("portnet.plan", "measure"),
     "preprocess": ("portnet.images", "preprocess"),
 }
 

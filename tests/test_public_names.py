@@ -10,7 +10,7 @@ import pytest
 
 import portnet
 
-NAMES = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "preprocess"]
+NAMES = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "measure", "preprocess"]
 HEAVY = ["torch", "onnx", "onnxruntime", "click", "rich", "PIL", "matplotlib", "jinja2", "safetensors"]
 
 
@@ -39,11 +39,13 @@ def test_each_is_what_it_says():
     import portnet.images
     import portnet.model
     import portnet.own_model
+    import portnet.plan
 
     assert portnet.AlexNet is portnet.model.AlexNet
     assert portnet.Model is portnet.own_model.Model
     assert portnet.PortNetError is portnet.errors.PortNetError
     assert portnet.load_data is portnet.images.load
+    assert portnet.measure is portnet.plan.measure
     assert portnet.preprocess is portnet.images.preprocess
 
 
