@@ -149,7 +149,8 @@ class Measurement:
         if not (self._fallbacks(session) and self._clock(session)):
             return False
         if spec.mode == "serve":
-            self._serve(session)
+            assert self.session is not None
+            self._serve(self.session)  # the clock's test opened another
             return True
         self._warm_up()
         return True
