@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import Any
 
-from portnet import alexnet, launch, measurement, parity, plugins, workload
+from portnet import alexnet, launch, measurement, own_model, parity, plugins, workload
 from portnet.contract import Backend, Device, Settings
 from portnet.errors import InputError, PortNetError, Unavailable
 from portnet.record import MODES, Record, Spec
@@ -183,7 +183,9 @@ def _spec(found: dict[str, Any], **options: Any) -> Spec:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {given['mode']!r}")
     if given.get("batch", 1) < 1 or given.get("blocks", 1) < 1:
         raise InputError("batch and blocks must be at least 1")
-    if not given.get("model"):
+    if given.get("model"):
+        own_model.find(given["model"])
+    else:
         size = {"image_size": given["image_size"]} if "image_size" in given else {}
         given["image_size"] = alexnet.graph(given.get("preset", "caffe"), classes=10, **size).input[1]
     return Spec(**{**given, **found})

@@ -183,6 +183,7 @@ def test_backends_as_json(three):
             "name": "the device [rev 2]",
             "precisions": ["float32", "tf32"],
             "memory": 2**30,
+            "unified": False,
             "versions": {"driver": "7"},
         },
         "reason": None,
