@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
+from portnet.errors import PortNetError
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet_backends import torch_philox
 
@@ -298,7 +299,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             except torch._dynamo.exc.TorchDynamoException as error:
                 cause = getattr(error, "inner_exception", error)
                 first = str(cause).strip().partition("\n")[0]
-                raise Unsupported(f"torch.compile failed: {type(cause).__name__}: {first}") from error
+                # A failure to be counted, and nothing that was refused.
+                raise PortNetError(f"torch.compile failed: {type(cause).__name__}: {first}") from error
 
     return run
 
@@ -385,7 +387,7 @@ class TorchSession(Session):
         self.module.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = dict(self.module.named_parameters())
-        self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.velocity: dict[str, Tensor] = {}
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
@@ -395,8 +397,6 @@ class TorchSession(Session):
                 setattr(self, name, _compiled(getattr(self, name)))
         elif settings.engine == "graph":
             self._infer = Captured(self._inferred, capture=self.capture)
-            state_of_training = [*self.parameters.values(), *self.velocity.values()]
-            self._train = Captured(self._trained, state_of_training, capture=self.capture)
 
     def put(self, array: Array) -> Tensor:
         return torch.tensor(array, device=self.device)
@@ -468,6 +468,8 @@ class TorchSession(Session):
         )
 
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, *, step: int, learning_rate: float) -> Tensor:
+        if not self.velocity:
+            self._start_training()
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         with self._as_set():
             at, rate = self._scalar(step, torch.int64), self._scalar(learning_rate, wide)
@@ -475,6 +477,16 @@ class TorchSession(Session):
         # Neither a replay nor compiled code need count the versions of what they change.
         self._cast_from = ()
         return loss
+
+    def _start_training(self) -> None:
+        """Make what training alone needs: a session that infers must not pay for it in memory."""
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        if self.settings.engine == "graph":
+            state = [*self.parameters.values(), *self.velocity.values()]
+            self._train = Captured(self._trained, state, capture=self.capture)
+
+    def latest_weights(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1)[-1:] for p in self.parameters.values()])
 
     @contextmanager
     def _as_set(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from portnet import graph, parity, philox, plugins, weights
 from portnet.errors import PortNetError
 from portnet.files import write_atomically
 from portnet.host import processor
-from portnet.parity import Case, Expected, Gated
+from portnet.parity import Batched, Case, Expected, Gated
 
 LIMIT = 6 * 2**30
 """Bytes that the folder may hold; the files longest unused go first. Full-size training takes 1 GB."""
@@ -40,10 +40,7 @@ def expect(case: Case, precision: str, *, train: bool) -> Expected:
     """`parity.expect` by PortNet's reference, from the cache where it is there."""
     reference = plugins.backends()["reference"]
     oracle = parity.oracle(reference)
-    modules = (graph, philox, weights, parity, inspect.getmodule(type(reference)))
-    content = [inspect.getsource(m) for m in modules if m is not None]
-    content += [repr((case.graph, case.batch, case.seed, precision, train)), np.__version__, processor()]
-    path = folder() / f"expected-{_digest(*content)}.npz"
+    path = folder() / f"expected-{_key(reference, case, precision, train)}.npz"
     found: Expected | None = _read(path, lambda: _unpack(path, case, precision))
     if found is None:
         found = parity.expect(case, oracle, precision, train=train)
@@ -51,6 +48,35 @@ def expect(case: Case, precision: str, *, train: bool) -> Expected:
         parity.expect.cache_clear()
         _write(path, _pack(found))
     return found
+
+
+def expect_batch(case: Case, precision: str, *, train: bool) -> Batched:
+    """`parity.expect_batch` by PortNet's reference, from the cache where it is there."""
+    reference = plugins.backends()["reference"]
+    key = _key(reference, case, precision, train)
+
+    def make() -> Any:
+        found = parity.expect_batch(case, parity.oracle(reference), precision, train=train)
+        return [found.logits.exact.tolist(), found.logits.allowed, found.loss, found.allowed_loss]
+
+    exact, allowed, loss, allowed_loss = text("batch", key, make)
+    return Batched(
+        case=case, logits=Gated(exact=np.array(exact), allowed=allowed), loss=loss, allowed_loss=allowed_loss
+    )
+
+
+def _key(reference: object, case: Case, precision: str, train: bool) -> str:
+    modules = (graph, philox, weights, parity, inspect.getmodule(type(reference)))
+    content = [inspect.getsource(m) for m in modules if m is not None]
+    content += [repr((case.graph, case.batch, case.seed, precision, train)), np.__version__, processor()]
+    return _digest(*content)
+
+
+def sources(*objects: object) -> str:
+    """The hash of all source files beside those of these objects' classes, and of PortNet's own."""
+    folders = {Path(inspect.getfile(type(o))).parent for o in objects} | {Path(__file__).parent}
+    files = sorted(path for where in folders for path in where.glob("*.py"))
+    return _digest(*(path.read_text(errors="replace") for path in files))
 
 
 def text(name: str, key: str, make: Callable[[], Any]) -> Any:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import inf, isfinite
 from pathlib import Path
 from time import monotonic
@@ -158,9 +158,6 @@ def _carry_out(
             record.write(out)
             made.append(record)
             advance(f"{record.spec.stack}, {record.spec.mode}, batch {record.spec.batch}: {record.outcome}")
-    done = {replace(r.spec, without=r.spec.without) for r in made}
-    for spec in (s for group in plan.groups for s in group if s not in done):
-        click.echo(f"portnet: no time for {spec.stack}, {spec.mode}, batch {spec.batch}", err=True)
     return made
 
 
@@ -191,7 +188,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
         for name, reason in plan.left_out:
             console.print(f"{_plain(name)}: left out. {_plain(reason)}", soft_wrap=True, highlight=False)
         console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
-    if any(r.outcome not in ("works", "partial") for r in made):
+    if any(r.outcome not in ("works", "partial", "not measured") for r in made):
         sys.exit(1)
 
 
@@ -227,7 +224,7 @@ def measure(
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
     if precision:
         stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
-    more: dict[str, Any] = {"blocks": 8, "perturbed": 3} if options["quick"] else {}
+    more: dict[str, Any] = {"blocks": 10, "perturbed": 3} if options["quick"] else {}
     if every:
         chosen = [name.strip() for name in names.split(",")] if names else []
         plan = planning.everything(chosen, modes=modes, batches=batches, **options, **more)
@@ -252,7 +249,7 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
     from portnet.report import table
 
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
-    more = {"blocks": 8, "perturbed": 3} if options["quick"] else {}
+    more = {"blocks": 10, "perturbed": 3} if options["quick"] else {}
     chosen = [name.strip() for name in layers.split(",")] if layers else []
     plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options, **more)
     made = _carry_out(plan, quick=options["quick"], **ours)

@@ -109,7 +109,10 @@ class Work:
         self.renew()
         self.session.synchronize()
         start = perf_counter()
-        self.run(steps)
+        if steps == 1:
+            self._step(self._new)
+        else:
+            self.run(steps)
         self.session.synchronize()
         return perf_counter() - start
 
@@ -236,9 +239,9 @@ def examine(
     longer: list[float] = []
     unseen: list[float] = []
     events: list[float] = []
-    # A busy machine can delay anything; what looks wrong is looked at up to four times as often, and all of it counts.
+    # A busy machine can delay anything; what looks wrong is looked at four times as often, and all of it counts.
     for turn in range(4 * repeats):
-        if turn >= repeats and not _lies(longer, unseen, events):
+        if turn == repeats and not _lies(longer, unseen, events):
             break
         one = _block(work, lambda: work.run(steps))
         longer.append(_block(work, lambda: work.run(4 * steps)) / one)
@@ -256,7 +259,7 @@ def examine(
     last: list[float] = []
     before = work.fetch(work.run(1, moving=True))
     for turn in range(4 * repeats):
-        if turn >= repeats and median(last) <= median(idle) + WAIT * median(blocks):
+        if turn == repeats and median(last) <= median(idle) + WAIT * median(blocks):
             break
         for times, finished in ((idle, True), (last, False)):
             start = perf_counter()

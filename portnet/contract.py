@@ -218,6 +218,8 @@ class Backend(ABC):
     engines: ClassVar[tuple[str, ...]] = ("eager",)
     layouts: ClassVar[tuple[bool, ...]] = (False,)
     """Which values of `Settings.channels_last` it takes."""
+    caches: ClassVar[tuple[str, ...]] = ()
+    """Environment variables that name folders in which the vendor's software keeps compiled code."""
     priority: ClassVar[int] = 0
     """Where ``auto`` ranks it, highest first; 0 is never chosen unasked."""
     note: ClassVar[str] = ""

@@ -336,15 +336,17 @@ class Step:
 
         Backward reads the output's gradient and the input, and writes the input's gradient; layers with weights
         read them again and write their gradient; the update reads weights, gradient and velocity and writes two of
-        them. The `first` layer with weights owes no gradient of its input.
+        them, in four bytes a number at least, which is how narrow precisions are trained. The `first` layer with
+        weights owes no gradient of its input.
         """
         x, y, w = batch * prod(self.input), batch * prod(self.output), self.parameter_count
         macs, moved = batch * self.macs, (x + y + w) * self.layer.moves
         if training:
             needs_input_gradient = not first
             macs *= 2 + needs_input_gradient
-            moved += ((y + x + w) + needs_input_gradient * (x + w) + 5 * w) * self.layer.moves
-        return Cost(macs=macs, bytes=moved * itemsize)
+            moved += ((y + x + w) + needs_input_gradient * (x + w)) * self.layer.moves
+        updated = 5 * w * training * self.layer.moves
+        return Cost(macs=macs, bytes=moved * itemsize + updated * max(itemsize, 4))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,12 @@ class Worker:
             text=True,
             errors="replace",
             start_new_session=True,  # so that what the process starts can be killed with it
-            env={**os.environ, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", TUNABLES), **_environment(spec)},
+            env={
+                **os.environ,
+                "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", TUNABLES),
+                **(_cold(spec, self._folder) if detail else {}),
+                **_environment(spec),
+            },
         )
         self._lines: Queue[str | None] = Queue()
         Thread(target=self._read, daemon=True).start()
@@ -128,11 +133,15 @@ class Worker:
         seconds: float | None = self._ask(do="block")
         return seconds
 
+    def again(self) -> None:
+        """One block that is not counted."""
+        self._ask(do="again")
+
     def finish(self, round_: Mapping[str, Any]) -> Record:
         """The record of what was measured, or of how it came to nothing."""
         self._ask(do="finish", beside=self.probes, round=dict(round_))
         if self.record is None:
-            written, problems = record.read_all([self._folder])
+            written, problems = record.read_all(Path(self._folder).glob("*.json"))
             self.record = written[0] if written else replace(self._lost(), reason=f"no record: {problems}")
         if not self.record.round:
             self.record = replace(self.record, round=dict(round_))
@@ -188,10 +197,16 @@ def series(
         began = time.monotonic()
         if began + (longest if number else 0.0) > deadline:
             return
-        done = _round(alive, {"series": name, "number": number, "reruns": reruns}, timeout, say, first=number == 0)
+        # The first to pass its gates waits longest for its turn: every other round begins at the other end.
+        order = alive if number % 2 == 0 else alive[::-1]
+        done = _round(order, {"series": name, "number": number, "reruns": reruns}, timeout, say, first=number == 0)
         rejected = reruns < RERUNS and not _even(done)
-        yield [replace(one, round={**one.round, "rejected": rejected}) for one, _ in done]
-        alive = [one.spec for one, timed in done if timed]
+        uneven = not _even(done)
+        yield [
+            replace(one, round={**one.round, "rejected": rejected and timed, "uneven": uneven}) for one, timed in done
+        ]
+        still = [one.spec for one, timed in done if timed]
+        alive = [spec for spec in alive if spec in still]
         number, reruns = (number, reruns + 1) if rejected else (number + 1, 0)
         longest = max(longest, time.monotonic() - began)
 
@@ -208,6 +223,9 @@ def _round(
             # One after the other: a gate, and what it times, must not run beside another's.
             worker.ready = worker.prepare()
         timed = [w for w in workers if w.ready and w.spec.mode != "serve"]
+        if len(timed) > 1:
+            for worker in timed:
+                worker.again()
         for turn in range(max((w.spec.blocks for w in timed), default=0)):
             for worker in timed if turn % 2 == 0 else reversed(timed):
                 if turn >= worker.spec.blocks or worker.record is not None:
@@ -255,6 +273,12 @@ def _environment(spec: Spec) -> dict[str, str]:
         return {}
 
 
+def _cold(spec: Spec, folder: str) -> dict[str, str]:
+    """Empty caches of compiled code, in a folder that goes with the process."""
+    backend = plugins.backends().get(spec.backend)
+    return {"PORTNET_COLD": "1"} | {k: str(Path(folder, k)) for k in (backend.caches if backend else ())}
+
+
 def _memory_kills() -> int:
     """How many processes Linux has killed for memory since it started; 0 where it does not say."""
     try:
@@ -262,21 +286,6 @@ def _memory_kills() -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     except (OSError, StopIteration):
         return 0
-
-
-def ratio(records: Sequence[Record], a: str, b: str, mode: str) -> stats.Comparison:
-    """How many times as long stack `b` takes as stack `a`, over the rounds in which both were timed side by side."""
-
-    def times(stack: str) -> dict[tuple[str, int], list[float]]:
-        return {
-            (r.round["series"], r.round["number"]): [s / r.samples[mode]["steps"] for s in r.samples[mode]["seconds"]]
-            for r in records
-            if r.spec.stack == stack and r.samples.get(mode) and not r.round.get("rejected")
-        }
-
-    one, other = times(a), times(b)
-    both = sorted(one.keys() & other.keys())
-    return stats.compare([one[k] for k in both], [other[k] for k in both])
 
 
 def _main(spec: str, folder: str, detail: str) -> None:
@@ -296,7 +305,7 @@ def _main(spec: str, folder: str, detail: str) -> None:
             measured.finish(command["beside"], command["round"]).write(Path(folder))
             print(json.dumps({"answer": True}), file=answers)
             return
-        answer = measured.block()
+        answer = measured.block(counted=command["do"] == "block")
 
 
 def _listen(commands: "Queue[dict[str, Any]]") -> None:

@@ -126,25 +126,47 @@ def figures(records: Sequence[Record]) -> list[Figure]:
 
 def _groups(records: Sequence[Record], same: Any) -> Iterator[list[Record]]:
     found: dict[tuple[object, ...], list[Record]] = {}
+    places: dict[object, object] = {}
+
+    def place(record: Record) -> str:
+        versions = (record.device.get("versions"), record.environment.get("versions"))
+        return repr((record.device.get("name"), record.environment.get("host"), versions))
+
     for record in records:
-        # One that never got to its device belongs to those of the same spec that did.
-        found.setdefault((same(record.spec), record.device.get("name") or ""), []).append(record)
+        if record.device:
+            places.setdefault((same(record.spec), record.round.get("series")), place(record))
+    for record in records:
+        # One whose process was lost has no device; it belongs to those of its series that had.
+        where = place(record) if record.device else places.get((same(record.spec), record.round.get("series")), "")
+        found.setdefault((same(record.spec), where), []).append(record)
     yield from found.values()
 
 
 def _figure(group: Sequence[Record]) -> Figure:
-    kept = tuple(r for r in group if not r.round.get("rejected")) or tuple(group)
-    mode = kept[0].spec.mode
+    mode = group[0].spec.mode
+    # Failures stay, whatever became of their round.
+    kept = tuple(r for r in group if not r.round.get("rejected") or r.outcome not in (*COUNTED, "unsteady"))
+    if not kept:
+        return Figure(
+            records=tuple(group),
+            rejected=len(group),
+            outcome="not measured",
+            reason="every round was rejected, for the host's speed had changed",
+            rate=None,
+            floor=None,
+            efficiency=None,
+            of_published=None,
+        )
     outcome, reason = _joint(kept, mode)
     timed = [r for r in kept if r.samples.get(mode)] if outcome in COUNTED else []
     seconds = [median(r.samples[mode]["seconds"]) / r.samples[mode]["steps"] for r in timed]
     layers = next((r.layers for r in kept if r.layers), {})
-    floors = [floor(layers, r.ceilings) for r in timed]
+    floors = [floor(layers, best(r.ceilings)) for r in timed]
     shares = [f / s for f, s in zip(floors, seconds, strict=True) if f is not None]
     first = kept[0]
     device = devices.find(first.device.get("name") or "", first.device.get("memory"))
     peak = device.peak(first.effective.get("precision", first.spec.precision)) if device else None
-    rates = [r.ceilings["flops"] for r in timed if r.ceilings.get("flops")]
+    rates = [f for r in timed if (f := best(r.ceilings).get("flops"))]
     return Figure(
         records=kept,
         rejected=len(group) - len(kept),
@@ -168,6 +190,12 @@ def floor(layers: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float | Non
     )
 
 
+def best(ceilings: Mapping[str, Any]) -> dict[str, float | None]:
+    """The better of the rates at both ends of a process: what held the device up then is no ceiling."""
+    ends = [ceilings, ceilings.get("after") or {}]
+    return {k: max((e[k] for e in ends if e.get(k)), default=None) for k in ("flops", "bandwidth")}
+
+
 def _joint(records: Sequence[Record], mode: str) -> tuple[str, str]:
     """The outcome of several processes: the worst. That it is unsteady is told by all of them together."""
     bad = [r for r in records if r.outcome not in (*COUNTED, "unsteady")]
@@ -177,15 +205,19 @@ def _joint(records: Sequence[Record], mode: str) -> tuple[str, str]:
     changes = [1 + t["change"] for r in records if (t := r.gates.get("trend")) and t.get("low") is not None]
     if len(changes) > 1:
         drifts = stats.interval(changes)
-        if drifts.low is not None and drifts.high is not None and (drifts.low > 1.01 or drifts.high < 0.99):
+        own = sum(r.outcome == "unsteady" for r in records)
+        together = drifts.low is not None and drifts.high is not None and (drifts.low > 1.01 or drifts.high < 0.99)
+        if together or 2 * own > len(records):
             return (
                 "unsteady",
                 f"over its blocks the time changed by {drifts.figure - 1:+.1%} in {len(changes)} processes",
             )
     elif any(r.outcome == "unsteady" for r in records):
-        return "unsteady", records[0].reason
-    partial = next((r for r in records if r.outcome == "partial"), None)
-    return ("partial", partial.reason) if partial else ("works", "")
+        return "unsteady", next(r.reason for r in records if r.outcome == "unsteady")
+    for record in records:
+        if fallen := record.gates.get("fallbacks", {}).get("operations"):
+            return "partial", f"operations ran elsewhere than on the device: {', '.join(sorted(fallen))}"
+    return "works", ""
 
 
 _SEVERITY = ("wrong", "dishonest clock", "failed", "out of memory", "timeout", "not available", "not measured")

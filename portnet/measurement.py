@@ -4,10 +4,13 @@ A figure counts only behind its gates; what fails one has an outcome and no figu
 says when a block is timed, so that several can take turns on one machine.
 """
 
+import hashlib
+import math
 import os
 import platform
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -68,6 +71,10 @@ def parse_stack(stack: str) -> dict[str, Any]:
     return found
 
 
+class _Wrong(Exception):
+    """What was computed is not the network."""
+
+
 class Measurement:
     """One spec on its way through the gates: `prepare`, then a `block` at a time, then `finish`.
 
@@ -96,6 +103,8 @@ class Measurement:
             self._fail("not available", str(error), "ask for another stack; 'portnet backends' lists what there is")
         except PortNetError as error:
             self._fail("failed", f"{type(error).__name__}: {error}")
+        except _Wrong as error:
+            self._fail("wrong", str(error))
         except Exception as error:
             reason = "".join(traceback.format_exception_only(error)).strip()
             self._fail("out of memory" if _out_of_memory(error) else "failed", reason)
@@ -119,6 +128,8 @@ class Measurement:
 
     def _prepare(self) -> bool:
         spec, say = self.spec, self.say
+        # Python and what it imports, up to here.
+        self.started = time.time() - psutil.Process().create_time()
         busy = busy_before()
         say("probe")
         self.backend = plugins.backends()[spec.backend]
@@ -142,26 +153,28 @@ class Measurement:
         self.watch = Watch(self.backend.telemetry)
         self.busy = busy
         say("ceilings")
-        self.ceilings = self.backend.ceilings(self.settings.precision) if self.settings == self._whole() else None
+        # What is taken away is taken from the ceilings too, which then are none.
+        self.ceilings = None if spec.without else self.backend.ceilings(self.settings.precision)
         if self.ceilings is not None:
             self._add(ceilings=asdict(self.ceilings))
-        session = self.session = self.workload.open(self.backend, self.settings)
-        if not (self._fallbacks(session) and self._clock(session)):
+        self.session = self.workload.open(self.backend, self.settings)
+        self._fallbacks(self.session)
+        if not self._clock(self.session):
             return False
         if spec.mode == "serve":
             assert self.session is not None
-            self._serve(self.session)  # the clock's test opened another
+            self._serve(self.session)
             return True
         self._warm_up()
         return True
 
-    def _whole(self) -> Settings:
-        """The settings with nothing taken away: only then does a ceiling measured here hold."""
-        return effective(self.backend, replace(self.spec, without=()))[0]
-
     def _first_step(self, probed: float) -> None:
-        """Time to the first result of a process that has done nothing before: loading, compiling, tuning included."""
+        """Time to the first result: loading, opening, compiling and tuning included.
+
+        Whether caches of compiled code were empty, as in the first process of a series, stands in the environment.
+        """
         self.say("first step")
+        self.workload.prepare()  # initial weights, which are PortNet's to draw and not the stack's
         began = perf_counter()
         session = self.workload.open(self.backend, self.settings)
         opened = perf_counter() - began
@@ -173,8 +186,9 @@ class Measurement:
             session.get(session.infer(images))
         stepped = perf_counter() - began
         session.close()
-        alive = time.time() - psutil.Process().create_time()
-        self._add(times={"probe": probed, "open": opened, "first_step": stepped, "since_start": alive})
+        total = self.started + probed + opened + stepped
+        times = {"start": self.started, "probe": probed, "open": opened, "first_step": stepped, "total": total}
+        self._add(times=times)
 
     def _parity(self) -> bool:
         self.say("parity against the float64 reference")
@@ -226,9 +240,17 @@ class Measurement:
         self.work = clock.Work(session, mode, *self.inputs)
         flops = sum(cost.flops for cost in self._costs(len(self.inputs[0][0])).values())
         ceiling = self.ceilings.flops / flops if self.ceilings and self.ceilings.flops and flops else None
+        self.flops = flops
         # Of a slow stack's steps there are few either way.
         repeats, slow, seconds = (3, 1, BLOCK) if self.spec.quick else (7, 3, 2 * BLOCK)
         seen = clock.examine(self.work, seconds=seconds, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling)
+        if seen.share is not None and seen.share > clock.CEILING:
+            # The device may have been held up while its ceiling was measured: the best rate seen is the ceiling.
+            again = self.backend.ceilings(self.settings.precision)
+            if again is not None and again.flops and self.ceilings and self.ceilings.flops:
+                best = max(again.flops, self.ceilings.flops)
+                seen = replace(seen, share=seen.share * self.ceilings.flops / best)
+                self._add(ceilings={**self.record.ceilings, "flops": best, "again": asdict(again)})
         self._gate("clock", {mode: {**asdict(seen), "honest": seen.honest}})
         if not seen.honest:
             self._fail("dishonest clock", f"{mode}: {seen}")
@@ -240,7 +262,7 @@ class Measurement:
         self.steps = max(1, clock.steps_for(self.work, BLOCK)[0])
         return True
 
-    def _fallbacks(self, session: Session) -> bool:
+    def _fallbacks(self, session: Session) -> None:
         self.say("fallbacks")
         images, labels, ids = (session.put(a) for a in self.inputs[0])
 
@@ -253,7 +275,6 @@ class Measurement:
         found = session.fallbacks(run)
         self.fallen = dict(found or {})
         self._gate("fallbacks", {"known": found is not None, "operations": self.fallen})
-        return True
 
     def _warm_up(self) -> None:
         self.say("warm-up")
@@ -264,14 +285,21 @@ class Measurement:
         while start is None and len(warm) < patience and perf_counter() - began < longest:
             warm.append(self.work.block(self.steps))
             start = stats.steady(warm)
+        # Warm steps are faster: as many of them as fill a block.
+        self.steps = max(self.steps, math.ceil(self.steps * 1.05 * BLOCK / min(warm)))
         self.warm = warm
         self._gate("warm_up", {"steady_from": start, "blocks": len(warm)})
 
-    def block(self) -> float | None:
-        """Time one block of at least `BLOCK` seconds; None where there is none to time (any more)."""
+    def block(self, *, counted: bool = True) -> float | None:
+        """Time one block of at least `BLOCK` seconds; None where there is none to time (any more).
+
+        One that is not `counted` warms up again, after others had their turn at the machine.
+        """
         if not self.ready or self.spec.mode == "serve":
             return None
         with self._outcome():
+            if not counted:
+                return self.work.block(self.steps)
             with self.watch:
                 seconds = self.work.block(self.steps)
             self.seconds.append(seconds)
@@ -301,11 +329,13 @@ class Measurement:
             if self.ceilings is not None and not self.spec.quick:
                 # Once more: a device that heated up or was slowed down had another ceiling at the end.
                 again = self.backend.ceilings(self.settings.precision)
-                self._add(ceilings={**asdict(self.ceilings), "after": asdict(again) if again else None})
+                self._add(ceilings={**self.record.ceilings, "after": asdict(again) if again else None})
             mode = self.spec.mode
             timed: dict[str, Any] = {"batch": self.spec.batch, "steps": self.steps, "seconds": self.seconds}
             self._add(samples={mode: {**timed, "warm_up": self.warm}})
-            trend = stats.trend(self.seconds, beside if len(beside) == len(self.seconds) else None)
+            # The host's probe tells what the host did to work that is done on it, and nothing of an accelerator.
+            known = self.record.device.get("unified") and len(beside) == len(self.seconds)
+            trend = stats.trend(self.seconds, beside if known else None)
             self._gate("trend", {**asdict(trend), "unsteady": trend.unsteady})
             whole = self.detail and not self.spec.quick
             self._layers(session, timed=whole)
@@ -431,14 +461,20 @@ class Measurement:
         return sum(cost.bytes for cost in self._costs(batch).values()) / batch
 
     def _at_batch(self, batch: int) -> dict[str, Any]:
+        verdict = self.workload.verdict_at(self.backend, self.settings, batch)
+        if verdict is not None and not verdict.passed:
+            raise _Wrong(f"batch {batch}: {verdict}")
         session = self.workload.open(self.backend, self.settings)
         try:
             pair = list(islice(self.workload.batches(batch), 2))
             work = clock.Work(session, "infer", pair[0], pair[1])
             steps, _ = clock.steps_for(work, BLOCK)
+            work.block(steps)
             seconds = [work.block(steps)]
             while sum(seconds) < SWEEP_SECONDS or len(seconds) < 3:
                 seconds.append(work.block(steps))
+            if not work.is_right(session.get(work.run(steps))):
+                raise _Wrong(f"batch {batch}: after the timed blocks, a known batch no longer gave its value")
             return {"steps": steps, "seconds": seconds, "peak_memory": session.peak_memory()}
         finally:
             session.close()
@@ -518,6 +554,9 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "processors": os.cpu_count(),
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
+        "cold_caches": os.environ.get("PORTNET_COLD") == "1",
+        # Tells machines apart and names none.
+        "host": hashlib.sha256(f"portnet {platform.node()} {uuid.getnode()}".encode()).hexdigest()[:12],
         "versions": found,
     }
 

@@ -272,6 +272,58 @@ def expect(case: Case, oracle: Oracle, precision: str, *, train: bool = True) ->
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batched:
+    """The logits of many different images, and the loss of training on all of them, with what they may be off by."""
+
+    case: Case
+    logits: Gated
+    loss: float | None
+    allowed_loss: float
+
+
+def expect_batch(case: Case, oracle: Oracle, precision: str, *, train: bool) -> Batched:
+    """What a batch of different images must give, each image by its own content."""
+    scale = 2.0**-29 if precision == "float64" else 1.0
+    k = 16 if precision in ("float64", "float32") else 4
+    exact, rounded = (
+        oracle.open(case.gated, case.weights, case.settings(p))
+        for p in ("float64", "float32" if precision == "float64" else precision)
+    )
+    truth = exact.trace(case.images).logits
+    logits = Gated(exact=truth, allowed=k * scale * channel_error(rounded.trace(case.images).logits, truth))
+    if not train:
+        return Batched(case=case, logits=logits, loss=None, allowed_loss=0.0)
+    masks = exact.masks(case.ids, step=0)
+    trained = exact.trace(case.images, case.labels, masks)
+    base = rounded.trace(case.images, case.labels, masks)
+    rounding = 2.0**-50 if precision == "float64" else 2.0**-21
+    off = k * scale * channel_error(base.logits, trained.logits) * float(np.linalg.norm(trained.logits))
+    return Batched(
+        case=case, logits=logits, loss=trained.loss, allowed_loss=2 * off + rounding * abs(trained.loss or 0.0)
+    )
+
+
+def judge_batch(expected: Batched, session: Session, batch: int) -> Verdict:
+    """The gate on a batch of that very size, in which the case's images take turns in an order of their own.
+
+    Training is judged by its loss, the mean over all of them. The session must be fresh.
+    """
+    case = expected.case
+    # No image stands where it would if the batch were dealt in stretches or repeated from its beginning.
+    index = (np.arange(batch) * 7 + np.arange(batch) // case.batch) % case.batch
+    images = session.put(case.images[index])
+    exact = expected.logits.exact[index]
+    error = channel_error(session.get(session.infer(images)), exact)
+    findings = [Finding(what="infer() of different images", error=error, allowed=expected.logits.allowed)]
+    if expected.loss is not None and batch % case.batch == 0:
+        labels, ids = session.put(case.labels[index]), session.put(case.ids[index])
+        loss = float(session.get(session.train_step(images, labels, ids, step=0, learning_rate=RATES[0])))
+        error = abs(loss - expected.loss) if np.isfinite(loss) else float("inf")
+        findings.append(Finding(what="loss of different images", error=error, allowed=expected.allowed_loss))
+    return Verdict(tuple(findings))
+
+
 def norm_error_between(one: Array, other: Array, exact: Array) -> float:
     """``|one - other| / |exact|``."""
     norm = float(np.linalg.norm(exact))

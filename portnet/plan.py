@@ -117,13 +117,17 @@ def ladder(stack: str, *, mode: str, batch: int = 16, layers: Sequence[str] = ()
     known = {layer.name: layer for layer in backend.library_layers(workload.effective(backend, whole)[0])}
     if unknown := [name for name in layers if name not in known]:
         raise InputError(f"{stack} has no layer {', '.join(unknown)} to take away; it has {', '.join(known) or 'none'}")
-    specs, left_out = [whole], []
+    specs: list[Spec] = []
+    left_out = []
     for name in layers or known:
         if known[name].missing:
             left_out.append((name, known[name].missing))
         else:
             specs.append(replace(whole, without=(name,)))
-    return Plan(groups=(tuple(specs),), left_out=tuple(left_out))
+    # Few enough at a time, the whole stack among each.
+    few = TOGETHER - 1
+    groups = tuple((whole, *specs[i : i + few]) for i in range(0, max(1, len(specs)), few))
+    return Plan(groups=groups, left_out=tuple(left_out))
 
 
 def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: Any) -> Plan:
@@ -138,7 +142,7 @@ def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: A
             left_out.append((backend.name, str(error)))
             continue
         own = "float64" if parity.is_oracle(backend) else precision
-        defaults = {"quick": True, "blocks": 8, "perturbed": 3}
+        defaults = {"quick": True, "blocks": 10, "perturbed": 3}
         specs += [
             _spec({"backend": backend.name, "precision": own, "formulation": formulation}, **{**defaults, **options})
             for formulation in backend.formulations
@@ -153,12 +157,14 @@ def carry_out(
 ) -> Iterator[Record]:
     """Measure a plan: a round of every group, then the next round of each, until all are done or the time is up.
 
-    A group's first round is begun only if the longest round so far would end in time.
+    A group's first round is begun only if the longest round so far would end in time; a group that had none leaves
+    records that say `not measured`.
     """
     deadline = time.monotonic() + seconds
     waiting = [
         launch.series(group, rounds=rounds, timeout=timeout, say=say, deadline=deadline) for group in plan.groups
     ]
+    groups = dict(zip(map(id, waiting), plan.groups, strict=True))
     longest = 0.0
     first = True
     while waiting:
@@ -166,6 +172,13 @@ def carry_out(
         for one in waiting:
             began = time.monotonic()
             if first and began + longest > deadline:
+                for spec in groups[id(one)]:
+                    yield Record(
+                        spec=spec,
+                        outcome="not measured",
+                        reason="no time was left",
+                        environment=measurement.environment(),
+                    )
                 continue
             with suppress(StopIteration):
                 yield from next(one)

@@ -3,6 +3,7 @@
 AlexNet from its graph is the built-in one. `measurement` assumes nothing but what stands in `Workload`.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 from portnet import alexnet, cache, images, parity, plugins, training, weights
 from portnet.clock import Inputs
 from portnet.contract import Backend, Session, Settings, Unavailable, Unsupported
+from portnet.errors import PortNetError
 from portnet.graph import Cost, Graph
 from portnet.parity import Verdict
 from portnet.record import Spec
@@ -22,6 +24,8 @@ Say = Callable[[str], None]
 """Told what the measurement is doing, one short line at a time."""
 
 PARITY_BATCH = 2
+DIFFERENT = 16
+"""How many different images the batch that is timed is made of."""
 EQUALS = "cpu"
 """The backend whose runs show how far equals drift, once it has passed the gate."""
 
@@ -38,6 +42,9 @@ class Workload(ABC):
     def open(self, backend: Backend, settings: Settings) -> Session:
         """The model with its initial weights on the device."""
 
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to)
+        """Make what `open` hands to a backend, so that it is not taken for the backend's own time."""
+
     @abstractmethod
     def verdict(self, backend: Backend, settings: Settings) -> Verdict:
         """The parity gate, on fresh sessions."""
@@ -45,6 +52,10 @@ class Workload(ABC):
     @abstractmethod
     def batches(self, batch: int) -> Iterator[Inputs]:
         """Host batches of that size without end, made as training makes them."""
+
+    def verdict_at(self, backend: Backend, settings: Settings, batch: int) -> Verdict | None:
+        """The gate on inference at that batch size; None where there is no such gate."""
+        return None
 
     def costs(self, batch: int, *, training: bool, precision: str) -> Mapping[str, Cost]:
         """The least work of each layer; empty where it is not known."""
@@ -78,12 +89,20 @@ class AlexNet(Workload):
     def start(self) -> dict[str, Any]:
         return weights.initial(self.graph, self.spec.seed)
 
+    def prepare(self) -> None:
+        _ = self.start
+
     def open(self, backend: Backend, settings: Settings) -> Session:
         return backend.open(self.graph, self.start, settings)
 
     def verdict(self, backend: Backend, settings: Settings) -> Verdict:
         train, batch = self.spec.mode == "train", self.spec.batch
         return _gate(self.graph, backend, settings, batch=1 if self.spec.mode == "serve" else batch, train=train)
+
+    def verdict_at(self, backend: Backend, settings: Settings, batch: int) -> Verdict | None:
+        if parity.is_oracle(backend) and settings.precision == "float64":
+            return None
+        return _batched(self.graph, backend, settings, batch=batch, train=False)
 
     def batches(self, batch: int) -> Iterator[Inputs]:
         epoch = 0
@@ -132,7 +151,7 @@ class AlexNet(Workload):
         return losses
 
     def _equals(self, graph: Graph, settings: Settings, start: Mapping[str, Any], say: Say) -> list[list[float]]:
-        """Runs of an equal, from the same weights and from weights one rounding away; made once per machine."""
+        """Runs of an equal from weights one rounding away; made once per machine."""
         spec = self.spec
         count = spec.perturbed
         if not count:
@@ -150,7 +169,7 @@ class AlexNet(Workload):
         def make() -> list[list[float]]:
             verdict = _gate(graph, backend, plain, batch=spec.curve_batch, train=True)
             if not verdict.passed:
-                raise Unsupported(f"{backend.name}, which shows how far equals drift, is wrong: {verdict}")
+                raise PortNetError(f"{backend.name}, which shows how far equals drift, is wrong: {verdict}")
             runs = []
             for run in range(count):
                 label = f"how far equals drift, run {run + 1} of {count}"
@@ -160,7 +179,13 @@ class AlexNet(Workload):
                 runs.append(self._fit(graph, backend, plain, moved if run else start, label, say))
             return runs
 
-        key = repr((graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser, device))
+        first = next(images.training_batches(self.data.train, graph, seed=spec.seed, epoch=0, batch=spec.curve_batch))
+        limits = sorted({k for layer in backend.library_layers(plain) for k in layer.environment})
+        asked = (graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser)
+        here = (device, [(k, os.environ.get(k)) for k in limits], cache.sources(backend))
+        asked = (graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser)
+        here = (device, [(k, os.environ.get(k)) for k in limits], cache.sources(backend))
+        key = repr((*asked, weights.digest({"first": first.images}), *here))
         found: list[list[float]] = cache.text("equals", key, make)
         return found
 
@@ -171,13 +196,24 @@ def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, tra
     case = parity.Case(graph, batch=PARITY_BATCH, seed=settings.seed)
     expected = cache.expect(case, settings.precision, train=train)
     session = backend.open(case.gated, case.weights, settings)
-    verdict = parity.judge(expected, session, train=train)
+    verdicts = [("", parity.judge(expected, session, train=train))]
     session.close()
     # What is timed runs at another batch size, for which a library may choose another algorithm.
+    if train:
+        session = backend.open(case.gated, case.weights, settings)
+        tiled = parity.judge_tiled(expected, session, -(-batch // PARITY_BATCH), train=train)
+        session.close()
+        verdicts.append((f"batch {-(-batch // PARITY_BATCH) * PARITY_BATCH}:", tiled))
+    verdicts.append((f"batch {batch}:", _batched(graph, backend, settings, batch=batch, train=train)))
+    return parity.join(verdicts)
+
+
+def _batched(graph: Graph, backend: Backend, settings: Settings, *, batch: int, train: bool) -> Verdict:
+    case = parity.Case(graph, batch=DIFFERENT, seed=settings.seed)
     session = backend.open(case.gated, case.weights, settings)
-    tiled = parity.judge_tiled(expected, session, -(-batch // PARITY_BATCH), train=train)
+    verdict = parity.judge_batch(cache.expect_batch(case, settings.precision, train=train), session, batch)
     session.close()
-    return parity.join([("", verdict), (f"batch {batch}:", tiled)])
+    return verdict
 
 
 def effective(backend: Backend, spec: Spec) -> tuple[Settings, dict[str, str]]:

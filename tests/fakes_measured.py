@@ -99,6 +99,13 @@ class FakeTooFast(FakeRemembers):
         return put
 
 
+class FakeRepeats(FakeHonest):
+    """Computes two images and repeats their logits."""
+
+    def infer(self, images):
+        return np.resize(super().infer(images[:2]), (len(images), 10))
+
+
 class FakeCrashing(FakeHonest):
     def infer(self, images):
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -159,6 +166,7 @@ FAKES = {
     "fake-remembers": FakeDevice("fake-remembers", FakeRemembers),
     "fake-remembers-the-last": FakeDevice("fake-remembers-the-last", FakeRemembersTheLast),
     "fake-too-fast": FakeDevice("fake-too-fast", FakeTooFast, flops=1e12),
+    "fake-repeats": FakeDevice("fake-repeats", FakeRepeats),
     "fake-slowing": FakeDevice("fake-slowing", FakeSlowing),
     "fake-crashing": FakeDevice("fake-crashing", FakeCrashing),
     "fake-hanging": FakeDevice("fake-hanging", FakeHanging),

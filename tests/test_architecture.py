@@ -169,8 +169,7 @@ def test_a_backend_imports_no_other_vendors_file(path):
         # A vendor may have more files than one: cuda_telemetry is cuda's.
         and (
             found.module == "portnet_backends"
-            or ((other := found.module.split(".")[1]) not in {path.stem, *SHARED}
-            and other.split("_")[0] != path.stem)
+            or ((other := found.module.split(".")[1]) not in {path.stem, *SHARED} and other.split("_")[0] != path.stem)
         )
     ]
     assert not wrong, f"{path.name} imports {wrong}"

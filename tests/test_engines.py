@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portnet import parity, plugins
 from portnet.contract import Settings, Unsupported
+from portnet.errors import PortNetError
 from portnet.graph import Conv, Graph
 from portnet_backends import cpu, torch_philox, torch_session
 from portnet_backends.accelerator import Accelerator
@@ -120,14 +121,14 @@ def test_a_graph_break_is_refused():
         torch._dynamo.graph_break()
         return x + 1
 
-    with pytest.raises(Unsupported, match=r"torch.compile failed: \w+: "):
+    with pytest.raises(PortNetError, match=r"torch.compile failed: \w+: "):
         torch_session._compiled(broken)(torch.ones(2))
 
 
 def test_no_compiler_is_an_error():
     """It is named, and nothing runs as it stands."""
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-    with torch._inductor.config.patch(missing), pytest.raises(Unsupported, match=r"torch.compile failed: \w+: .*\S"):
+    with torch._inductor.config.patch(missing), pytest.raises(PortNetError, match=r"torch.compile failed: \w+: .*\S"):
         torch_session._compiled(lambda x: x * 3 + 1)(torch.ones(7))
 
 

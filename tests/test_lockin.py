@@ -138,3 +138,102 @@ def test_same_work() -> None:
     stock = replace(TRAINED, spec=replace(TRAINED.spec, formulation="stock", precision="tf32", perturbed=3))
     assert lockin.same_work([TRAINED, bigger, ORACLE, stock]) == [[TRAINED, ORACLE, stock], [bigger]]
     assert lockin.same_work([]) == []
+
+
+# Several processes of one stack.
+
+
+def process(number, outcome="works", *, seconds=1.0, device=True, trend=0.0, rejected=False, fallen=(), stack="cpu"):
+    """What one process of a series left."""
+    timed = outcome in ("works", "partial", "unsteady")
+    return Record(
+        spec=Spec(backend=stack),
+        outcome=outcome,
+        reason="" if outcome == "works" else f"it was {outcome}",
+        device={"name": "the device", "versions": {"driver": "7"}} if device else {},
+        round={"series": "s", "number": number, "rejected": rejected},
+        gates={
+            "trend": {"change": trend, "low": trend - 0.005, "high": trend + 0.005},
+            "fallbacks": {"known": True, "operations": dict.fromkeys(fallen, 1)},
+        },
+        samples={"infer": {"batch": 16, "steps": 1, "seconds": [seconds] * 3}} if timed else {},
+    )
+
+
+def test_a_process_that_was_lost_counts_against_its_stack():
+    records = [process(0), process(1), process(2, "timeout", device=False)]
+    (figure,) = lockin.figures(records)
+    assert (figure.outcome, figure.rate, len(figure.records)) == ("timeout", None, 3)
+
+
+def test_a_failure_in_a_rejected_round_is_not_forgotten():
+    (figure,) = lockin.figures([process(0), process(0, "wrong", rejected=True)])
+    assert figure.outcome == "wrong"
+
+
+def test_rejected_rounds_are_no_figure():
+    (figure,) = lockin.figures([process(0, seconds=2.0, rejected=True), process(0), process(1)])
+    assert (figure.rejected, figure.rate.count, figure.rate.figure) == (1, 2, pytest.approx(16))
+    (figure,) = lockin.figures([process(0, rejected=True)])
+    assert (figure.outcome, figure.rate) == ("not measured", None)
+
+
+@pytest.mark.parametrize(
+    ("trends", "outcome"),
+    [
+        ([0.0, 0.001, -0.002], "works"),
+        ([0.05, 0.06, 0.055], "unsteady"),
+        ([0.10, 0.20, 0.30], "unsteady"),  # each is, though they agree on no size
+        ([0.05, 0.0, 0.0], "works"),
+    ],
+)
+def test_that_a_stack_is_unsteady_is_told_by_all_of_its_processes(trends, outcome):
+    records = [process(i, "unsteady" if t > 0.02 else "works", trend=t) for i, t in enumerate(trends)]
+    assert lockin.figures(records)[0].outcome == outcome
+
+
+def test_fallbacks_are_not_forgotten_for_a_trend():
+    records = [process(0, "unsteady", trend=0.05, fallen=["aten::lrn"]), process(1), process(2)]
+    (figure,) = lockin.figures(records)
+    assert (figure.outcome, figure.reason) == ("partial", "operations ran elsewhere than on the device: aten::lrn")
+
+
+def test_other_drivers_and_machines_are_other_figures():
+    one = process(0)
+    for other in (
+        replace(one, device={**one.device, "versions": {"driver": "8"}}),
+        replace(one, environment={"host": "another"}),
+        replace(one, environment={"versions": {"torch": "3"}}),
+    ):
+        assert len(lockin.figures([one, other])) == 2
+
+
+def test_stacks_are_compared_by_the_rounds_they_share():
+    ours = [process(n, seconds=1.0 + 0.01 * n) for n in range(5)]
+    theirs = [process(n, seconds=2 * (1.0 + 0.01 * n), stack="cuda") for n in (1, 2, 3, 4, 7)]
+    a, b = lockin.figures([*ours, *theirs])
+    seen = lockin.compare(a, b)
+    assert (seen.ratio, seen.rounds, seen.verdict) == (pytest.approx(2), 4, "different")
+    apart = replace(b, records=tuple(replace(r, round={**r.round, "series": "t"}) for r in b.records))
+    assert lockin.compare(a, apart) is None
+
+
+def test_the_floor_is_by_the_best_rates_seen_in_the_process():
+    layers = {"conv": {"flops": 100, "bytes": 10}, "pool": {"flops": 0, "bytes": 40}}
+    assert lockin.floor(layers, {"flops": 50.0, "bandwidth": 20.0}) == pytest.approx(2 + 2)
+    assert lockin.floor(layers, {"flops": None, "bandwidth": 20.0}) is None
+    held_up = {"flops": 50.0, "bandwidth": 20.0, "after": {"flops": 100.0, "bandwidth": 10.0}}
+    assert lockin.best(held_up) == {"flops": 100.0, "bandwidth": 20.0}
+    record = replace(process(0, seconds=6.0), layers=layers, ceilings=held_up)
+    (figure,) = lockin.figures([record])
+    assert (figure.floor, figure.efficiency) == (pytest.approx(3), pytest.approx(0.5))
+
+
+def test_modes_and_rounds_of_a_stack_are_one_row():
+    trained = replace(process(0), spec=Spec(backend="cpu", mode="train"), training={"losses": [2.0], "perturbed": []})
+    trained = replace(trained, samples={"train": trained.samples["infer"]})
+    (merged,) = lockin.merge([trained, process(0), process(1)])
+    assert (merged.outcome, sorted(merged.samples)) == ("works", ["infer", "train"])
+    assert len(merged.samples["infer"]["seconds"]) == 6
+    (merged,) = lockin.merge([replace(trained, outcome="wrong", samples={}), process(0)])
+    assert merged.outcome == "wrong"

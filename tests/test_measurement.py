@@ -55,7 +55,7 @@ def test_an_honest_one_works_and_keeps_every_sample(mode):
     assert made.gates["parity"]["findings"]
     assert made.gates["fallbacks"] == {"known": True, "operations": {}}
     assert made.gates["clock"][mode]["honest"]
-    assert made.times["since_start"] > made.times["first_step"] > 0
+    assert made.times["total"] > made.times["first_step"] > 0
     assert made.effective["precision"] == "float32"
     assert made.watch["blocks"] == 3
     assert list(made.layers) == [s.layer.name for s in workload.AlexNet(SMALL).graph.steps]
@@ -81,6 +81,13 @@ def test_what_tries_to_fool_the_harness_has_no_speed(backend, outcome, said):
     assert said in made.reason
     assert not made.samples
     assert not made.serving
+
+
+def test_a_batch_is_judged_by_its_own_images():
+    """One that computes the first images only, and repeats them, is found at the size that is timed."""
+    made = measured("fake-repeats", batch=32)
+    assert made.outcome == "wrong"
+    assert "batch 32: infer() of different images" in made.reason
 
 
 def test_a_fallback_is_partial_and_named():

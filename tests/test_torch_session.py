@@ -582,3 +582,22 @@ def test_a_layer_it_does_not_know():
     graph = Graph(preset="tiny", input=(1,), layers=(Unknown(name="x"),))
     with pytest.raises(TypeError, match="no layer Unknown"):
         Network(graph)
+
+
+def test_some_of_the_weights_tell_that_an_update_is_done():
+    s = session()
+    before = s.get(s.latest_weights())
+    assert len(before) == len(s.parameters)
+    train(s)
+    after = s.get(s.latest_weights())
+    last = [p.reshape(-1)[-1] for p in s.weights().values()]
+    np.testing.assert_array_equal(after, last)
+    assert (before != after).any()
+
+
+def test_a_session_that_infers_holds_no_velocity():
+    s = session()
+    s.infer(s.put(batch()[0]))
+    assert not s.velocity
+    train(s)
+    assert s.velocity.keys() == s.parameters.keys()

@@ -212,7 +212,8 @@ def serving(figure: Figure) -> Table:
     found = figure.records[0].serving
     table = _table()
     table.title_justify = "left"
-    table.title = Text(f"{plain(figure.spec.stack)}, serve: {figure.outcome}. {plain(figure.reason)}")
+    quick = ", quick" if figure.spec.quick else ""
+    table.title = Text(f"{plain(figure.spec.stack)}, serve{quick}: {figure.outcome}. {plain(figure.reason)}")
     table.add_column("Serving")
     table.add_column("", justify="right")
     for name in ("p50", "p90", "p99"):
