@@ -77,7 +77,8 @@ class TorchBackend(Backend):
         names = [name for name in titles if name in self.formulations]
         if settings.formulation in names:
             names = names[names.index(settings.formulation) + 1 :]
-        return tuple(LibraryLayer(name=name, title=titles[name], replace={"formulation": name}) for name in names)
+        note = "LRN, a convolution too in the portable formulation, stays with the library"
+        return tuple(LibraryLayer(name=n, title=titles[n], replace={"formulation": n}, note=note) for n in names)
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         self.check(settings)
@@ -120,7 +121,10 @@ ENGINES = {"compile": "compiled kernels (torch.compile)", "graph": "graph captur
 def engine_layers(settings: Settings) -> tuple[LibraryLayer, ...]:
     """The engine, where it is not the plain one."""
     name = settings.engine
-    return (LibraryLayer(name=name, title=ENGINES[name], replace={"engine": "eager"}),) if name in ENGINES else ()
+    if name not in ENGINES:
+        return ()
+    note = "compiled code computes LRN by a formula of its own, which goes with it" if name == "compile" else ""
+    return (LibraryLayer(name=name, title=ENGINES[name], replace={"engine": "eager"}, note=note),)
 
 
 def versions(torch: "ModuleType", **more: object) -> dict[str, str]:

@@ -174,7 +174,8 @@ class Measurement:
         Whether caches of compiled code were empty, as in the first process of a series, stands in the environment.
         """
         self.say("first step")
-        self.workload.prepare()  # initial weights, which are PortNet's to draw and not the stack's
+        # Initial weights are PortNet's to draw, and not the stack's.
+        self._add(effective={**self.record.effective, "weights": self.workload.prepare()})
         began = perf_counter()
         session = self.workload.open(self.backend, self.settings)
         opened = perf_counter() - began

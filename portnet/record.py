@@ -95,7 +95,8 @@ class Record:
       meanwhile, and `round` where the process stood among others: the `series` it was run in, its `number`, the
       stacks `beside` it, the `probe` of the host before each block in seconds, and whether the round was `rejected`
       because that probe differed between the sides.
-    - `effective` holds the settings that were in force, after library layers were taken away.
+    - `effective` holds the settings that were in force, after library layers were taken away, and the SHA-256 of the
+      weights that were timed.
     - `gates` holds each gate's figures: ``parity`` the relative errors (1e300 for one that is not finite) and what
       was allowed, tensor by tensor; ``curve`` the loss beside the envelope of equals; ``clock`` its times in
       seconds; ``fallbacks`` operations by name; ``trend`` the drift of the blocks.

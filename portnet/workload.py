@@ -42,8 +42,12 @@ class Workload(ABC):
     def open(self, backend: Backend, settings: Settings) -> Session:
         """The model with its initial weights on the device."""
 
-    def prepare(self) -> None:  # noqa: B027 (most have nothing to)
-        """Make what `open` hands to a backend, so that it is not taken for the backend's own time."""
+    def prepare(self) -> str:
+        """Make what `open` hands to a backend, so that it is not taken for the backend's own time.
+
+        Gives the SHA-256 of the weights, or nothing where they are made by `open`.
+        """
+        return ""
 
     @abstractmethod
     def verdict(self, backend: Backend, settings: Settings) -> Verdict:
@@ -89,8 +93,8 @@ class AlexNet(Workload):
     def start(self) -> dict[str, Any]:
         return weights.initial(self.graph, self.spec.seed)
 
-    def prepare(self) -> None:
-        _ = self.start
+    def prepare(self) -> str:
+        return weights.digest(self.start)
 
     def open(self, backend: Backend, settings: Settings) -> Session:
         return backend.open(self.graph, self.start, settings)

@@ -719,7 +719,10 @@ def test_no_time_left_is_said(comparing, tmp_path):
     asked, _ = comparing
     _, err = portnet_("measure", "everywhere", "--budget", "0s", "--out", tmp_path)
     assert not asked
-    assert "no time for everywhere/eager/float32, train, batch 16" in err
+    assert "everywhere/eager/float32, infer, batch 16: not measured" in err
+    found, _ = record.read_all([tmp_path])
+    assert {(r.outcome, r.reason) for r in found} == {("not measured", "no time was left")}
+    assert {r.spec.mode for r in found} == {"train", "infer"}
 
 
 @pytest.mark.parametrize(

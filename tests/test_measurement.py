@@ -57,6 +57,7 @@ def test_an_honest_one_works_and_keeps_every_sample(mode):
     assert made.gates["clock"][mode]["honest"]
     assert made.times["total"] > made.times["first_step"] > 0
     assert made.effective["precision"] == "float32"
+    assert len(made.effective["weights"]) == 64
     assert made.watch["blocks"] == 3
     assert list(made.layers) == [s.layer.name for s in workload.AlexNet(SMALL).graph.steps]
     assert bool(made.training) == (mode == "train")

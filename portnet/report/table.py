@@ -108,6 +108,8 @@ def _figures(found: Sequence[Figure]) -> Table:
     notes = [f"{plain(f.spec.stack)}, {f.spec.mode}: {f.outcome}. {plain(f.reason)}" for f in found if f.reason]
     if rejected := sum(f.rejected for f in found):
         notes.append(f"{rejected} processes belong to rounds that were run again, since the host's speed had changed.")
+    if uneven := sum(bool(r.round.get("uneven")) and not r.round.get("rejected") for f in found for r in f.records):
+        notes.append(f"{uneven} processes belong to rounds that stand although the host's speed differed in them.")
     notes.append(
         "Efficiency: the floor by the matrix product and the copy measured in the same process, over the time taken; "
         "beside it the share of the device's published peak that this matrix product reached."
