@@ -241,7 +241,6 @@ class Measurement:
         self.work = clock.Work(session, mode, *self.inputs)
         flops = sum(cost.flops for cost in self._costs(len(self.inputs[0][0])).values())
         ceiling = self.ceilings.flops / flops if self.ceilings and self.ceilings.flops and flops else None
-        self.flops = flops
         # Of a slow stack's steps there are few either way.
         repeats, slow, seconds = (3, 1, BLOCK) if self.spec.quick else (7, 3, 2 * BLOCK)
         seen = clock.examine(self.work, seconds=seconds, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling)

@@ -84,7 +84,8 @@ class Spec:
         name = f"{self.backend}/{self.engine}/{self.precision}"
         name += "/channels-last" if self.channels_last else ""
         name += "" if self.formulation == "portable" else f" ({self.formulation})"
-        return name + "".join(f" without {layer}" for layer in self.without)
+        # A rung below the libraries is what it comes down to, and not what is missing.
+        return name + "".join(f" {'as' if x in ('unfold', 'direct') else 'without'} {x}" for x in self.without)
 
 
 @dataclass(frozen=True, kw_only=True)
