@@ -148,7 +148,7 @@ def _pack(expected: Expected) -> bytes:
 def _unpack(path: Path, case: Case, precision: str) -> Expected:
     found: dict[str, dict[str, Gated]] = {part: {} for part in _PARTS}
     # The archive's own checksums are what finds damage.
-    with np.load(path, allow_pickle=False) as held:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
         for key in held.files:
             part, _, name = key.partition("/")
             if part in found:
