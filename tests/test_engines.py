@@ -324,7 +324,6 @@ def test_channels_last_is_the_devices_own_matter():
     filters = [p for p in s.parameters.values() if p.dim() == 4 and p.shape[1] > 1]
     assert filters
     assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in filters)
-    assert s.velocity["conv1.weight"].is_contiguous(memory_format=torch.channels_last)
     seen = []
     s.module.conv1.register_forward_hook(lambda module, inputs, out: seen.extend([*inputs, out]))
     s.infer(s.put(batch()[0]))
@@ -333,6 +332,9 @@ def test_channels_last_is_the_devices_own_matter():
         assert value.shape == GRAPH.parameters[name]
         assert value.flags.c_contiguous
         np.testing.assert_array_equal(value, random_weights()[name])
+    images, labels = batch()
+    s.train_step(*map(s.put, (images, labels, IDS)), step=0, learning_rate=0.1)
+    assert s.velocity["conv1.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
 # Below the library.
