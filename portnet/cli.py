@@ -224,7 +224,7 @@ def measure(
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
     if precision:
         stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
-    more: dict[str, Any] = {"blocks": 10, "perturbed": 3} if options["quick"] else {}
+    more: dict[str, Any] = {"blocks": 10, "perturbed": 5} if options["quick"] else {}
     if every:
         chosen = [name.strip() for name in names.split(",")] if names else []
         plan = planning.everything(chosen, modes=modes, batches=batches, **options, **more)
@@ -249,7 +249,7 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
     from portnet.report import table
 
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
-    more = {"blocks": 10, "perturbed": 3} if options["quick"] else {}
+    more = {"blocks": 10, "perturbed": 5} if options["quick"] else {}
     chosen = [name.strip() for name in layers.split(",")] if layers else []
     plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options, **more)
     made = _carry_out(plan, quick=options["quick"], **ours)

@@ -222,7 +222,7 @@ def _round(
             workers.append(stack.enter_context(worker))
             # One after the other: a gate, and what it times, must not run beside another's.
             worker.ready = worker.prepare()
-        timed = [w for w in workers if w.ready and w.spec.mode != "serve"]
+        timed = [w for w in workers if w.ready and w.spec.mode != "serve" and w.spec.blocks]
         if len(timed) > 1:
             for worker in timed:
                 worker.again()

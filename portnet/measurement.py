@@ -152,6 +152,9 @@ class Measurement:
             return False
         self.watch = Watch(self.backend.telemetry)
         self.busy = busy
+        self.fallen: dict[str, int] = {}
+        if not spec.blocks:
+            return True
         say("ceilings")
         # What is taken away is taken from the ceilings too, which then are none.
         self.ceilings = None if spec.without else self.backend.ceilings(self.settings.precision)
@@ -225,8 +228,8 @@ class Measurement:
             if not seen["passed"]:
                 self._fail(
                     "wrong",
-                    f"at step {seen['step']} of the same training the loss left the envelope of {seen['runs']} equals "
-                    f"by {seen['share']:.1f} times its width",
+                    f"at step {seen['step']} of the same training the loss is {seen['share']:.1f} times as far from "
+                    f"those of {seen['runs']} equals as one more of them would be",
                 )
                 return False
         return True
@@ -295,7 +298,7 @@ class Measurement:
 
         One that is not `counted` warms up again, after others had their turn at the machine.
         """
-        if not self.ready or self.spec.mode == "serve":
+        if not self.ready or self.spec.mode == "serve" or not self.spec.blocks:
             return None
         with self._outcome():
             if not counted:

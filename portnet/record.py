@@ -49,8 +49,8 @@ class Spec:
     `without` names library layers that are taken away. `model` is ``package:factory`` for a user's own module, or
     empty for AlexNet, of which `preset`, `image_size` and `classes` say which one. The training curve is run at
     `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps, and held against `perturbed` runs of
-    equals; the gate, the clock and the timing at `image_size` and `batch`. `blocks` are timed in a process. `quick`
-    says that fewer samples were asked for than a figure to be quoted needs.
+    equals; the gate, the clock and the timing at `image_size` and `batch`. `blocks` are timed in a process; 0 stops at
+    the gates. `quick` says that fewer samples were asked for than a figure to be quoted needs.
     """
 
     backend: str

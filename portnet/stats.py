@@ -235,6 +235,18 @@ def _within(low: float, high: float) -> bool:
     return low >= 1 / MARGIN and high <= MARGIN
 
 
+def prediction(count: int, probability: float) -> float:
+    """Within how many standard deviations of the mean of `count` values one more lies with that probability.
+
+    For normal values: ``t sqrt(1 + 1/n)``, with Student's t of n - 1 degrees of freedom. Raises `InputError` below 2.
+    """
+    if count < 2:
+        raise InputError(f"a prediction needs at least 2 values, got {count}")
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, (1 + probability) / 2)) * sqrt(1 + 1 / count)
+
+
 def _student(freedom: int) -> float:
     """How many standard errors a two-sided interval reaches."""
     # Here, since it takes longer to import than all the rest of the core.

@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, cache, images, parity, plugins, training, weights
+from portnet import alexnet, cache, images, parity, plugins, stats, training, weights
 from portnet.clock import Inputs
 from portnet.contract import Backend, Session, Settings, Unavailable, Unsupported
 from portnet.errors import PortNetError
@@ -28,6 +29,9 @@ DIFFERENT = 16
 """How many different images the batch that is timed is made of."""
 EQUALS = "cpu"
 """The backend whose runs show how far equals drift, once it has passed the gate."""
+
+BELIEVED = 0.9999
+"""The probability with which an equal's loss lies inside the envelope at a step."""
 
 ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a stored activation or operand."""
@@ -249,18 +253,18 @@ def effective(backend: Backend, spec: Spec) -> tuple[Settings, dict[str, str]]:
 
 
 def curve_verdict(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the losses lie inside the envelope of equals, widened by its own width on either side.
+    """Whether the losses lie among those of equals: at each step inside the interval in which one more of them would.
 
-    The width at a step is the widest so far. Of eight runs that differ by rounding alone, a ninth leaves their range at
-    two steps in nine; the widening makes that one in some ten thousand for a normal spread.
+    That is Student's prediction interval, ``mean ± t s sqrt(1 + 1/n)``, at `BELIEVED`; s is the largest standard
+    deviation so far, since runs that have drifted apart do not come together again. `share` is of what is allowed.
     """
     losses, equals = training["losses"], training["perturbed"]
+    limit = stats.prediction(len(equals), BELIEVED)
     width, worst, at = 0.0, 0.0, 0
     for step, (loss, *others) in enumerate(zip(losses, *equals, strict=True)):
-        low, high = min(others), max(others)
         # Where equals agree to the last bit there is the rounding of the loss itself.
-        width = max(width, high - low, 1e-5 * high)
-        outside = max(low - loss, loss - high, 0.0) / width
-        if outside > worst:
-            worst, at = outside, step
+        width = max(width, stdev(others), 1e-6 * mean(others))
+        share = abs(loss - mean(others)) / (limit * width)
+        if share > worst:
+            worst, at = share, step
     return {"passed": worst <= 1, "share": worst, "step": at, "runs": len(equals)}

@@ -116,12 +116,22 @@ def test_one_that_slows_down_is_unsteady_and_keeps_its_samples():
 
 def test_a_curve_outside_the_envelope_of_equals_is_wrong():
     equals = [[2.0, 1.9, 1.8], [2.0, 1.91, 1.83], [2.0, 1.9, 1.82]]
-    inside = {"losses": [2.0, 1.905, 1.84], "perturbed": equals}
+    equals = [*equals, [2.0, 1.903, 1.81], [2.0, 1.905, 1.825]]
+    inside = {"losses": [2.0, 1.915, 1.85], "perturbed": equals}
     assert workload.curve_verdict(inside)["passed"]
-    outside = {"losses": [2.0, 1.905, 1.87], "perturbed": equals}
+    # Student's t of 4 degrees of freedom at 99.99%, 15.54, times the root of 1 + 1/5.
+    outside = {"losses": [2.0, 1.905, 2.04], "perturbed": equals}
     seen = workload.curve_verdict(outside)
     assert not seen["passed"]
-    assert seen["step"] == 2
+    assert (seen["step"], seen["runs"]) == (2, 5)
+    assert seen["share"] == pytest.approx((2.04 - 1.817) / (17.03 * 0.01204), rel=0.01)
+
+
+def test_without_blocks_it_stops_at_the_gates():
+    made = measured("fake-honest", mode="train", blocks=0)
+    assert (made.outcome, made.samples) == ("works", {})
+    assert made.gates["parity"]["passed"]
+    assert made.training["losses"]
     # Equals that agree to the bit leave the loss's own rounding.
     assert workload.curve_verdict({"losses": [2.000001], "perturbed": [[2.0], [2.0]]})["passed"]
     assert not workload.curve_verdict({"losses": [2.1], "perturbed": [[2.0], [2.0]]})["passed"]
