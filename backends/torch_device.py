@@ -5,6 +5,7 @@ is loaded by `open`.
 """
 
 from abc import abstractmethod
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING, ClassVar
 
 from portnet.contract import (
@@ -128,7 +129,8 @@ def engine_layers(settings: Settings) -> tuple[LibraryLayer, ...]:
 
 
 def versions(torch: "ModuleType", **more: object) -> dict[str, str]:
-    """The versions to record: torch's, and those of `more` that are known."""
+    """The versions to record: torch's, its kernel compiler's, and those of `more` that are known."""
+    more["triton"] = next((d.version for d in distributions(name="triton")), None)
     return {"torch": torch.__version__} | {k: str(v) for k, v in more.items() if v is not None}
 
 

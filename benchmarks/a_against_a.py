@@ -12,8 +12,8 @@ if any share is out of bounds.
 and may call at most one in five comparisons different. The network is small (99 pixels, batch 4), so that 20 of them
 fit half an hour.
 
-A round is 60 slots of time, in which two processes take turns A B B A, as in a measurement. Blocks have 5% of noise
-(standard deviation), and every process has 1% of its own, from its memory layout for one: together what a shared
+A round is 60 slots of time, in which two processes take turns as in a measurement. Blocks have 5% of noise (standard
+deviation), and every process has 1% of its own, from its memory layout for one: together what a shared
 virtual machine shows. The models add what the machine does to both.
 """
 
@@ -26,8 +26,8 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from portnet import launch, measurement, stats
-from portnet.record import Spec
+from portnet import launch, lockin, measurement, stats
+from portnet.record import Record, Spec
 
 BLOCKS = 30
 BLOCK_NOISE = 0.05
@@ -69,10 +69,10 @@ MACHINES: dict[str, Machine] = {"white": quiet, "drift": drifting, "flips": flip
 def times(rng: np.random.Generator, machine: Machine, rounds: int, ratio: float) -> tuple[Floats, Floats]:
     """The block times of A and of B in seconds, (rounds, BLOCKS) each."""
     slots = machine(rng, rounds, 2 * BLOCKS)
-    turn = np.resize([False, True, True, False], 2 * BLOCKS)
+    second = np.ravel([(back, not back) for back in map(launch.backwards, range(BLOCKS))])
     a, b = (
         side + BLOCK_NOISE * rng.standard_normal((rounds, BLOCKS)) + PROCESS_NOISE * rng.standard_normal((rounds, 1))
-        for side in (slots[:, ~turn], slots[:, turn])
+        for side in (slots[:, second], slots[:, ~second])
     )
     return 0.1 * np.exp(a), 0.1 * ratio * np.exp(b)
 
@@ -130,25 +130,31 @@ def real(runs: int, rounds: int, stack: str) -> bool:
     spec = Spec(**measurement.parse_stack(stack), image_size=99, batch=4, quick=True)
     verdicts, reruns = [], 0
     for run in range(runs):
-        pairs: tuple[list[list[float]], list[list[float]]] = ([], [])
+        sides: tuple[list[Record], list[Record]] = ([], [])
         for records in launch.series([spec, spec], rounds=rounds):
-            bad = [r for r in records if r.outcome not in ("works", "unsteady")]
-            if bad:
-                raise SystemExit(f"{spec.stack}: {bad[0].outcome}: {bad[0].reason}")
-            if records[0].round["rejected"]:
-                reruns += 1
-                continue
-            for side, record in zip(pairs, records, strict=True):
-                timed = record.samples[spec.mode]
-                side.append([s / timed["steps"] for s in timed["seconds"]])
-        seen = stats.compare(*pairs)
+            for side, record in zip(sides, records, strict=True):
+                side.append(record)
+        # As every comparison is made; but the two are one stack by name, and would be one figure.
+        one, other = (lockin.figures(side)[0] for side in sides)
+        reruns += one.rejected
+        seen = lockin.compare(one, other)
+        if seen is None:
+            void = next(f for f in (one, other) if f.rate is None)
+            if void.outcome not in ("unsteady", "not measured"):
+                raise SystemExit(f"{spec.stack}: {void.outcome}: {void.reason}")
+            verdicts.append("void")
+            print(f"{run + 1:3d}  not compared, {void.outcome}: {void.reason}", flush=True)
+            continue
         verdicts.append(seen.verdict)
         print(
             f"{run + 1:3d}  {seen.ratio:.4f}  95% interval {seen.low:.4f} to {seen.high:.4f}  {seen.verdict}",
             flush=True,
         )
     different = verdicts.count("different")
-    print(f"{different} of {runs} called different (allowed {int(ALLOWED_REAL * runs)}); {reruns} rounds run again")
+    print(
+        f"{different} of {runs} called different (allowed {int(ALLOWED_REAL * runs)}); "
+        f"{verdicts.count('void')} not compared; {reruns} rounds run again"
+    )
     return different <= ALLOWED_REAL * runs
 
 

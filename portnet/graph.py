@@ -13,6 +13,9 @@ from portnet.errors import InputError
 
 Shape = tuple[int, ...]
 
+ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a stored activation or operand, by precision."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Normal:

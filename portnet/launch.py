@@ -183,10 +183,11 @@ def series(
     say: Callable[[Spec, str], None] = lambda spec, line: None,
     deadline: float = float("inf"),
 ) -> Iterator[list[Record]]:
-    """Measure specs beside one another, `rounds` times; yields the records of each round when it is over.
+    """Measure specs beside one another, `rounds` times; yields the records of each round when it is over, in the
+    order of `specs`.
 
     Every round starts a fresh process for each spec. They pass their gates one after the other, and then take turns
-    block by block, forwards and backwards (A B B A), with a short probe of the host before each block. Where the
+    block by block, forwards and backwards (`backwards`), with a short probe of the host before each block. Where the
     probe's medians on two sides differ by more than 10%, the round is run again whole, blind to what was measured;
     the records of the first try stay, marked as rejected. A spec that did not come to be timed is not started again.
     No round begins after `deadline` (of `time.monotonic`), or that would by the last one's length end after it.
@@ -198,10 +199,11 @@ def series(
         if began + (longest if number else 0.0) > deadline:
             return
         # The first to pass its gates waits longest for its turn: every other round begins at the other end.
-        order = alive if number % 2 == 0 else alive[::-1]
-        done = _round(order, {"series": name, "number": number, "reruns": reruns}, timeout, say, first=number == 0)
-        rejected = reruns < RERUNS and not _even(done)
+        step = 1 if number % 2 == 0 else -1
+        place = {"series": name, "number": number, "reruns": reruns}
+        done = _round(alive[::step], place, timeout, say, first=number == 0)[::step]
         uneven = not _even(done)
+        rejected = uneven and reruns < RERUNS
         yield [
             replace(one, round={**one.round, "rejected": rejected and timed, "uneven": uneven}) for one, timed in done
         ]
@@ -227,7 +229,7 @@ def _round(
             for worker in timed:
                 worker.again()
         for turn in range(max((w.spec.blocks for w in timed), default=0)):
-            for worker in timed if turn % 2 == 0 else reversed(timed):
+            for worker in reversed(timed) if backwards(turn) else timed:
                 if turn >= worker.spec.blocks or worker.record is not None:
                     continue
                 if turn % 5 == 0:
@@ -241,6 +243,15 @@ def _round(
             done = worker.finish({**place, "beside": beside, "probe": worker.probes})
             found.append((done, worker.ready and done.outcome in ("works", "partial", "unsteady")))
         return found
+
+
+def backwards(turn: int) -> bool:
+    """Whether the last begins that turn: A B B A B A A B ..., the Thue-Morse sequence.
+
+    Of every two, four, eight turns it takes a shift, a slope, a curve of the machine's speed out of the difference. By
+    A B B A alone, what comes by every fourth block would fall upon the same side each time.
+    """
+    return turn.bit_count() % 2 == 1
 
 
 def _even(done: Sequence[tuple[Record, bool]]) -> bool:

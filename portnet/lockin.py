@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 from portnet import devices, stats
@@ -17,6 +17,12 @@ COUNTED = ("works", "partial")
 """The outcomes whose speed counts."""
 GATED = ("wrong", "dishonest clock", "unsteady")
 """The outcomes of a failed gate: the speed is void."""
+
+CROWDED = 0.25
+"""Of the processors: above it, what others kept busy is told beside a figure, and no clock is called dishonest. An
+honest one looked so at 0.75, and there is no figure either way."""
+ABSENT = ("not available", "not measured")
+"""The outcomes of what was not tried."""
 
 TRAINING = ("model", "preset", "classes", "data", "curve_size", "curve_batch", "curve_steps", "seed")
 """What must agree between two specs for their loss curves to be held against each other."""
@@ -96,8 +102,9 @@ class Figure:
     `records`: the processes, without those of rejected rounds, of which there were `rejected`. `outcome`: of all of
     them. `rate`: images per second, with its interval over processes. `floor`: seconds a step that the device cannot
     go below by the ceilings measured in the same process, with nothing of the vendor's software taken away; over the
-    time a step took, it is the architectural `efficiency`. `of_published`: the share of the published dense peak that
-    the measured matrix product reached. None is what was not measured, or is void.
+    time a step took, it is the architectural `efficiency`. `published`: the same by the peaks that the device's vendor
+    publishes. `of_published`: the share of the published dense peak that the measured matrix product reached. None is
+    what was not measured, is not known, or is void.
     """
 
     records: tuple[Record, ...]
@@ -106,7 +113,8 @@ class Figure:
     reason: str
     rate: stats.Interval | None
     floor: float | None
-    efficiency: float | None
+    efficiency: stats.Interval | None
+    published: stats.Interval | None
     of_published: float | None
 
     @property
@@ -115,8 +123,12 @@ class Figure:
 
     @property
     def detailed(self) -> Record:
-        """The process that also measured layers and whole steps: the first of its series."""
-        return next((r for r in self.records if r.layers), self.records[0])
+        """The process that also timed layers and whole steps, the first of its series; or else any that knows layers.
+
+        Records that were read from a folder come in the order of their hashes.
+        """
+        timed = (r for r in self.records if any(x.get("forward") is not None for x in r.layers.values()))
+        return next(timed, next((r for r in self.records if r.layers), self.records[0]))
 
 
 def figures(records: Sequence[Record]) -> list[Figure]:
@@ -155,6 +167,7 @@ def _figure(group: Sequence[Record]) -> Figure:
             rate=None,
             floor=None,
             efficiency=None,
+            published=None,
             of_published=None,
         )
     outcome, reason = _joint(kept, mode)
@@ -167,6 +180,8 @@ def _figure(group: Sequence[Record]) -> Figure:
     device = devices.find(first.device.get("name") or "", first.device.get("memory"))
     peak = device.peak(first.effective.get("precision", first.spec.precision)) if device else None
     rates = [f for r in timed if (f := best(r.ceilings).get("flops"))]
+    bandwidth = device.bandwidth.value if device and device.bandwidth else None
+    least = floor(layers, {"flops": peak, "bandwidth": bandwidth})
     return Figure(
         records=kept,
         rejected=len(group) - len(kept),
@@ -176,18 +191,18 @@ def _figure(group: Sequence[Record]) -> Figure:
         if timed
         else None,
         floor=median(f for f in floors if f is not None) if shares else None,
-        efficiency=geometric_mean(shares) if shares else None,
+        efficiency=stats.interval(shares) if shares else None,
+        published=stats.interval([least / s for s in seconds]) if least and seconds else None,
         of_published=median(rates) / peak if rates and peak else None,
     )
 
 
 def floor(layers: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float | None:
     """Seconds: each layer's least FLOPs or bytes at the ceiling's rate, whichever takes longer, summed."""
-    if not layers or not ceilings.get("flops") or not ceilings.get("bandwidth"):
+    flops, bandwidth = ceilings.get("flops"), ceilings.get("bandwidth")
+    if not (layers and flops and bandwidth):
         return None
-    return sum(
-        max(float(x["flops"] / ceilings["flops"]), float(x["bytes"] / ceilings["bandwidth"])) for x in layers.values()
-    )
+    return sum(max(float(x["flops"] / flops), float(x["bytes"] / bandwidth)) for x in layers.values())
 
 
 def best(ceilings: Mapping[str, Any]) -> dict[str, float | None]:
@@ -199,6 +214,10 @@ def best(ceilings: Mapping[str, Any]) -> dict[str, float | None]:
 def _joint(records: Sequence[Record], mode: str) -> tuple[str, str]:
     """The outcome of several processes: the worst. That it is unsteady is told by all of them together."""
     bad = [r for r in records if r.outcome not in (*COUNTED, "unsteady")]
+    if 2 * sum(r.outcome in ABSENT for r in bad) < len(records):
+        # What came to no trial, as on a machine that was crowded for a while, says nothing against the others.
+        bad = [r for r in bad if r.outcome not in ABSENT]
+        records = [r for r in records if r.outcome not in ABSENT]
     if bad:
         worst = min(bad, key=lambda r: _SEVERITY.index(r.outcome))
         return worst.outcome, worst.reason
@@ -243,6 +262,13 @@ def compare(a: Figure, b: Figure) -> stats.Comparison | None:
     one, other = rounds(a), rounds(b)
     both = sorted(one.keys() & other.keys())
     return stats.compare([one[k] for k in both], [other[k] for k in both]) if both else None
+
+
+def crowd(records: Sequence[Record]) -> tuple[float, int] | None:
+    """The most processors that others kept busy while one of these was timed, and of how many; None where few were."""
+    seen = [r.watch["foreign_cpu"] for r in records if isinstance(r.watch.get("foreign_cpu"), dict)]
+    busy = [(float(s["foreign"]), int(s["of"])) for s in seen if s.get("foreign") and s.get("of")]
+    return max((b for b in busy if b[0] > CROWDED * b[1]), default=None)
 
 
 def merge(records: Sequence[Record]) -> list[Record]:

@@ -17,20 +17,19 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import psutil
 
-from portnet import clock, parity, plugins, stats
-from portnet.contract import PRECISIONS, Backend, Ceilings, Session, Settings
+from portnet import clock, lockin, parity, plugins, stats
+from portnet.contract import PRECISIONS, Backend, Session, Settings
 from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported
 from portnet.graph import Cost
 from portnet.own_model import workload
 from portnet.record import Record, Spec
-from portnet.watch import Energy, Watch, available_memory, busy_before
+from portnet.serving import Wrong, out_of_memory, serve
+from portnet.watch import Energy, Watch, busy_before
 from portnet.workload import Say, curve_verdict, effective
 
 BLOCK = 0.1
@@ -39,10 +38,6 @@ SLOW = 1.0
 """A block that takes longer than this, in seconds, has its clock examined fewer times."""
 WARM_UP = 60.0
 """Seconds after which a stack that is not steady yet is timed all the same; its trend then tells."""
-LATENCIES = 300
-SWEEP = tuple(2**i for i in range(11))
-"""Batch sizes of a serving user's sweep, as far as memory goes."""
-SWEEP_SECONDS = 0.5
 
 
 def parse_stack(stack: str) -> dict[str, Any]:
@@ -69,10 +64,6 @@ def parse_stack(stack: str) -> dict[str, Any]:
     if parity.is_oracle(backend):
         found.setdefault("precision", "float64")
     return found
-
-
-class _Wrong(Exception):
-    """What was computed is not the network."""
 
 
 class Measurement:
@@ -103,11 +94,11 @@ class Measurement:
             self._fail("not available", str(error), "ask for another stack; 'portnet backends' lists what there is")
         except PortNetError as error:
             self._fail("failed", f"{type(error).__name__}: {error}")
-        except _Wrong as error:
+        except Wrong as error:
             self._fail("wrong", str(error))
         except Exception as error:
             reason = "".join(traceback.format_exception_only(error)).strip()
-            self._fail("out of memory" if _out_of_memory(error) else "failed", reason)
+            self._fail("out of memory" if out_of_memory(error) else "failed", reason)
 
     def _fail(self, outcome: str, reason: str, remedy: str = "") -> None:
         # A figure measured before the failure would look like a result.
@@ -165,10 +156,21 @@ class Measurement:
         if not self._clock(self.session):
             return False
         if spec.mode == "serve":
-            assert self.session is not None
-            self._serve(self.session)
-            return True
-        self._warm_up()
+            session, self.session = self.session, None
+            found = serve(
+                self.workload,
+                self.backend,
+                self.settings,
+                session,
+                quick=spec.quick,
+                unified=device.unified,
+                limited=device.memory is not None,
+                watch=self.watch,
+                say=say,
+            )
+            self._add(serving=found)
+        else:
+            self._warm_up()
         return True
 
     def _first_step(self, probed: float) -> None:
@@ -183,16 +185,20 @@ class Measurement:
         session = self.workload.open(self.backend, self.settings)
         opened = perf_counter() - began
         began = perf_counter()
-        images, labels, ids = (session.put(a) for a in self.inputs[0])
-        if self.spec.mode == "train":
-            session.get(session.train_step(images, labels, ids, step=0, learning_rate=clock.STILL))
-        else:
-            session.get(session.infer(images))
+        self._step(session, self.inputs[0])
         stepped = perf_counter() - began
         session.close()
         total = self.started + probed + opened + stepped
         times = {"start": self.started, "probe": probed, "open": opened, "first_step": stepped, "total": total}
         self._add(times=times)
+
+    def _step(self, session: Session, batch: clock.Inputs) -> None:
+        """One step of the mode, from the host's arrays to the result fetched."""
+        images, labels, ids = (session.put(a) for a in batch)
+        if self.spec.mode == "train":
+            session.get(session.train_step(images, labels, ids, step=0, learning_rate=clock.STILL))
+        else:
+            session.get(session.infer(images))
 
     def _parity(self) -> bool:
         self.say("parity against the float64 reference")
@@ -246,7 +252,11 @@ class Measurement:
         ceiling = self.ceilings.flops / flops if self.ceilings and self.ceilings.flops and flops else None
         # Of a slow stack's steps there are few either way.
         repeats, slow, seconds = (3, 1, BLOCK) if self.spec.quick else (7, 3, 2 * BLOCK)
-        seen = clock.examine(self.work, seconds=seconds, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling)
+        meanwhile = Watch()
+        with meanwhile:
+            seen = clock.examine(
+                self.work, seconds=seconds, repeats=repeats, slow=SLOW, slow_repeats=slow, ceiling=ceiling
+            )
         if seen.share is not None and seen.share > clock.CEILING:
             # The device may have been held up while its ceiling was measured: the best rate seen is the ceiling.
             again = self.backend.ceilings(self.settings.precision)
@@ -254,7 +264,14 @@ class Measurement:
                 best = max(again.flops, self.ceilings.flops)
                 seen = replace(seen, share=seen.share * self.ceilings.flops / best)
                 self._add(ceilings={**self.record.ceilings, "flops": best, "again": asdict(again)})
-        self._gate("clock", {mode: {**asdict(seen), "honest": seen.honest}})
+        busy = meanwhile.summary()["foreign_cpu"]
+        self._gate("clock", {mode: {**asdict(seen), "honest": seen.honest, "foreign_cpu": busy}})
+        # What load can do: delay. It gives no other value, and no rate above the ceiling.
+        delayed = seen.right and (seen.share is None or seen.share <= clock.CEILING)
+        if not seen.honest and delayed and (busy.get("foreign") or 0) > lockin.CROWDED * busy["of"]:
+            load = f"others kept {busy['foreign']:.1f} of {busy['of']} processors busy"
+            self._fail("not measured", f"{load} while the clock was examined, which then told nothing: {mode}: {seen}")
+            return False
         if not seen.honest:
             self._fail("dishonest clock", f"{mode}: {seen}")
             return False
@@ -267,15 +284,7 @@ class Measurement:
 
     def _fallbacks(self, session: Session) -> None:
         self.say("fallbacks")
-        images, labels, ids = (session.put(a) for a in self.inputs[0])
-
-        def run() -> None:
-            if self.spec.mode == "train":
-                session.get(session.train_step(images, labels, ids, step=0, learning_rate=clock.STILL))
-            else:
-                session.get(session.infer(images))
-
-        found = session.fallbacks(run)
+        found = session.fallbacks(lambda: self._step(session, self.inputs[0]))
         self.fallen = dict(found or {})
         self._gate("fallbacks", {"known": found is not None, "operations": self.fallen})
 
@@ -320,41 +329,9 @@ class Measurement:
         return self.record
 
     def _finish(self, beside: list[float]) -> None:
-        session = self.session
-        if session is not None:
-            if not self.seconds:
-                self._fail("not measured", "no block was timed")
-                return
-            value = session.get(self.work.run(self.steps))
-            if not self.work.is_right(value):
-                self._fail("wrong", "after the timed blocks, a step on a known batch no longer gave its value")
-                return
-            if self.ceilings is not None and not self.spec.quick:
-                # Once more: a device that heated up or was slowed down had another ceiling at the end.
-                again = self.backend.ceilings(self.settings.precision)
-                self._add(ceilings={**self.record.ceilings, "after": asdict(again) if again else None})
-            mode = self.spec.mode
-            timed: dict[str, Any] = {"batch": self.spec.batch, "steps": self.steps, "seconds": self.seconds}
-            self._add(samples={mode: {**timed, "warm_up": self.warm}})
-            # The host's probe tells what the host did to work that is done on it, and nothing of an accelerator.
-            known = self.record.device.get("unified") and len(beside) == len(self.seconds)
-            trend = stats.trend(self.seconds, beside if known else None)
-            self._gate("trend", {**asdict(trend), "unsteady": trend.unsteady})
-            whole = self.detail and not self.spec.quick
-            self._layers(session, timed=whole)
-            if whole:
-                self._end_to_end(session)
-                self._energy(session)
-            if trend.unsteady:
-                self._watched(session)
-                # The samples stay: they are what shows it.
-                self._add(
-                    outcome="unsteady",
-                    reason=f"over {len(self.seconds)} blocks its time changed by {trend.change:+.1%}, 95% interval "
-                    f"{trend.low:+.1%} to {trend.high:+.1%}",
-                )
-                return
-        self._watched(session)
+        if self.session is not None and not self._timed(self.session, beside):
+            return
+        self._watched()
         if self.fallen:
             total = sum(self.fallen.values())
             names = ", ".join(f"{n} ({c})" for n, c in sorted(self.fallen.items(), key=lambda i: -i[1])[:5])
@@ -362,9 +339,43 @@ class Measurement:
         else:
             self._add(outcome="works")
 
-    def _watched(self, session: Session | None) -> None:
+    def _timed(self, session: Session, beside: list[float]) -> bool:
+        """What the timed blocks come to. False where that is an outcome already."""
+        if not self.seconds:
+            self._fail("not measured", "no block was timed")
+            return False
+        value = session.get(self.work.run(self.steps))
+        if not self.work.is_right(value):
+            self._fail("wrong", "after the timed blocks, a step on a known batch no longer gave its value")
+            return False
+        if self.ceilings is not None and not self.spec.quick:
+            # Once more: a device that heated up or was slowed down had another ceiling at the end.
+            again = self.backend.ceilings(self.settings.precision)
+            self._add(ceilings={**self.record.ceilings, "after": asdict(again) if again else None})
+        timed: dict[str, Any] = {"batch": self.spec.batch, "steps": self.steps, "seconds": self.seconds}
+        self._add(samples={self.spec.mode: {**timed, "warm_up": self.warm}})
+        # The host's probe tells what the host did to work that is done on it, and nothing of an accelerator.
+        known = self.record.device.get("unified") and len(beside) == len(self.seconds)
+        trend = stats.trend(self.seconds, beside if known else None)
+        self._gate("trend", {**asdict(trend), "unsteady": trend.unsteady})
+        whole = self.detail and not self.spec.quick
+        self._layers(session, timed=whole)
+        if whole:
+            self._end_to_end(session)
+            self._energy(session)
+        if trend.unsteady:
+            self._watched()
+            # The samples stay: they are what shows it.
+            self._add(
+                outcome="unsteady",
+                reason=f"over {len(self.seconds)} blocks its time changed by {trend.change:+.1%}, 95% interval "
+                f"{trend.low:+.1%} to {trend.high:+.1%}",
+            )
+        return not trend.unsteady
+
+    def _watched(self) -> None:
         watch = self.watch.summary() | {"busy_before": self.busy}
-        watch["device_peak_memory"] = session.peak_memory() if session else None
+        watch["device_peak_memory"] = self.session.peak_memory() if self.session else None
         if self.energy is not None:
             watch["energy"] = self.energy.summary()
         self._add(watch=watch)
@@ -374,14 +385,13 @@ class Measurement:
         self.say("layers")
         images, labels, _ = self.inputs[0]
         times = session.layer_times(images, labels if self.spec.mode == "train" else None) if timed else {}
-        costs = self._costs(len(images))
         found = {}
-        for name, cost in costs.items():
+        for name, cost in self._costs(len(images)).items():
             seen = times.get(name)
+            work = {"flops": cost.flops, "bytes": cost.bytes}
             found[name] = {
-                "flops": cost.flops,
-                "bytes": cost.bytes,
-                "floor": floor(cost, self.ceilings),
+                **work,
+                "floor": lockin.floor({name: work}, self.record.ceilings),
                 "forward": seen.forward if seen else None,
                 "backward": seen.backward if seen else None,
             }
@@ -392,12 +402,8 @@ class Measurement:
         self.say("end to end")
         fetched: list[float] = []
         began = perf_counter()
-        for i, batch in enumerate(islice(self.workload.batches(self.spec.batch), 12)):
-            images, labels, ids = (session.put(a) for a in batch)
-            if self.spec.mode == "train":
-                session.get(session.train_step(images, labels, ids, step=i, learning_rate=clock.STILL))
-            else:
-                session.get(session.infer(images))
+        for batch in islice(self.workload.batches(self.spec.batch), 12):
+            self._step(session, batch)
             fetched.append(perf_counter() - began)
             began = perf_counter()
             if sum(fetched) > 10 and len(fetched) > 3:
@@ -419,111 +425,6 @@ class Measurement:
                 steps += self.steps
         self._add(times={**self.record.times, "energy_images": steps * self.spec.batch})
 
-    def _serve(self, session: Session) -> None:
-        """Latency at batch 1, throughput by batch, the bus, memory, and the largest batch that fits."""
-        one = self.inputs[0][0]
-        self.say("latency at batch 1")
-        for _ in range(10):
-            session.get(session.infer(session.put(one)))
-        count = 100 if self.spec.quick else LATENCIES
-        latencies = []
-        with self.watch:
-            for i in range(count):
-                image = np.roll(one, i, axis=-1)
-                began = perf_counter()
-                session.get(session.infer(session.put(image)))
-                latencies.append(perf_counter() - began)
-                if sum(latencies) > 60:
-                    break
-        found: dict[str, Any] = {"latencies": latencies, **asdict(stats.percentiles(latencies))}
-        found["bus"] = self._bus(session, one)
-        session.close()
-        found["sweep"] = {}
-        found["largest_batch"] = None
-        self._add(serving=found)
-        for batch in SWEEP[: 6 if self.spec.quick else None]:
-            self.say(f"batch {batch}")
-            needed = batch * self._needed(batch)
-            if self.record.device.get("unified") and needed > available_memory() / 2:
-                # Where the host's memory is the device's, what does not fit takes the whole machine down.
-                found["stopped"] = f"batch {batch} might need {needed:.0f} of {available_memory()} bytes that are free"
-                break
-            try:
-                found["sweep"][str(batch)] = self._at_batch(batch)
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                found["stopped"] = f"batch {batch} is out of memory"
-                break
-        if self.record.device.get("memory"):
-            found["largest_batch"] = self._largest(max(map(int, found["sweep"]), default=1))
-        self._add(serving=found)
-        self.session = None
-
-    def _needed(self, batch: int) -> float:
-        return sum(cost.bytes for cost in self._costs(batch).values()) / batch
-
-    def _at_batch(self, batch: int) -> dict[str, Any]:
-        verdict = self.workload.verdict_at(self.backend, self.settings, batch)
-        if verdict is not None and not verdict.passed:
-            raise _Wrong(f"batch {batch}: {verdict}")
-        session = self.workload.open(self.backend, self.settings)
-        try:
-            pair = list(islice(self.workload.batches(batch), 2))
-            work = clock.Work(session, "infer", pair[0], pair[1])
-            steps, _ = clock.steps_for(work, BLOCK)
-            work.block(steps)
-            seconds = [work.block(steps)]
-            while sum(seconds) < SWEEP_SECONDS or len(seconds) < 3:
-                seconds.append(work.block(steps))
-            if not work.is_right(session.get(work.run(steps))):
-                raise _Wrong(f"batch {batch}: after the timed blocks, a known batch no longer gave its value")
-            return {"steps": steps, "seconds": seconds, "peak_memory": session.peak_memory()}
-        finally:
-            session.close()
-
-    def _largest(self, fits: int) -> int:
-        """The largest batch that one inference fits, to within 1/16; found by doubling, then halving the gap."""
-
-        def tried(batch: int) -> bool:
-            self.say(f"does batch {batch} fit")
-            session = self.workload.open(self.backend, self.settings)
-            try:
-                images = next(self.workload.batches(16))[0]
-                session.get(session.infer(session.put(images.repeat(-(-batch // 16), axis=0)[:batch])))
-                return True
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                return False
-            finally:
-                session.close()
-
-        top = fits * 2
-        while top <= 1 << 17 and tried(top):
-            fits, top = top, top * 2
-        while top - fits > max(1, fits // 16):
-            middle = (fits + top) // 2
-            fits, top = (middle, top) if tried(middle) else (fits, middle)
-        return fits
-
-    def _bus(self, session: Session, one: Any) -> dict[str, Any]:
-        """Bytes/s from host to device and back, for 64 MiB of float32; None where they share their memory."""
-        if self.record.device.get("unified"):
-            return {"to_device": None, "to_host": None, "reason": "host and device share their memory"}
-        host = np.zeros(1 << 24, np.float32)
-        rates: dict[str, list[float]] = {"to_device": [], "to_host": []}
-        for _ in range(6):
-            session.synchronize()
-            began = perf_counter()
-            there = session.put(host)
-            session.synchronize()
-            rates["to_device"].append(host.nbytes / (perf_counter() - began))
-            began = perf_counter()
-            session.get(there)
-            rates["to_host"].append(host.nbytes / (perf_counter() - began))
-        return {k: median(v[1:]) for k, v in rates.items()} | {"samples": rates}
-
 
 def measure(spec: Spec, say: Say = lambda _: None) -> Record:
     """Measure one spec in this process, on its own; every way it can go wrong is an outcome of the record."""
@@ -534,17 +435,10 @@ def measure(spec: Spec, say: Say = lambda _: None) -> Record:
     return measurement.finish()
 
 
-def floor(cost: Cost, ceilings: Ceilings | None) -> float | None:
-    """Seconds below which a device with these ceilings cannot do that work; None where one is not known."""
-    if ceilings is None or not ceilings.flops or not ceilings.bandwidth:
-        return None
-    return max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
-
-
 def environment() -> dict[str, Any]:
-    """Versions, the machine's kind and the time."""
+    """The core's versions, the machine's kind and the time; a backend's versions stand with its device."""
     found = {}
-    for name in ("portnet", "numpy", "scipy", "torch", "onnx", "onnxruntime", "triton"):
+    for name in ("portnet", "numpy", "scipy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -562,14 +456,3 @@ def environment() -> dict[str, Any]:
         "host": hashlib.sha256(f"portnet {platform.node()} {uuid.getnode()}".encode()).hexdigest()[:12],
         "versions": found,
     }
-
-
-_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Frameworks have their own names for it: torch.OutOfMemoryError, XPU's, ONNX Runtime's, and torch's on a CPU."""
-    name, text = type(error).__name__.lower(), str(error).lower()
-    return (
-        isinstance(error, MemoryError) or "outofmemory" in name or "out of memory" in text or "can't allocate" in text
-    )

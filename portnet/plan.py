@@ -13,6 +13,8 @@ from portnet.contract import Backend, Device, Settings
 from portnet.errors import InputError, PortNetError, Unavailable
 from portnet.record import MODES, Record, Spec
 
+QUICK: dict[str, Any] = {"quick": True, "blocks": 10, "perturbed": 5}
+"""What quick measurements do less of."""
 TOGETHER = 4
 """Stacks that are alive at once; more would leave each too little memory."""
 
@@ -142,9 +144,8 @@ def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: A
             left_out.append((backend.name, str(error)))
             continue
         own = "float64" if parity.is_oracle(backend) else precision
-        defaults = {"quick": True, "blocks": 10, "perturbed": 5}
         specs += [
-            _spec({"backend": backend.name, "precision": own, "formulation": formulation}, **{**defaults, **options})
+            _spec({"backend": backend.name, "precision": own, "formulation": formulation}, **{"quick": True, **options})
             for formulation in backend.formulations
             if formulation in ("portable", "stock")
         ]
@@ -165,17 +166,17 @@ def carry_out(
     """
     deadline = time.monotonic() + seconds
     waiting = [
-        launch.series(group, rounds=rounds, timeout=timeout, say=say, deadline=deadline) for group in plan.groups
+        (group, launch.series(group, rounds=rounds, timeout=timeout, say=say, deadline=deadline))
+        for group in plan.groups
     ]
-    groups = dict(zip(map(id, waiting), plan.groups, strict=True))
     longest = 0.0
     first = True
     while waiting:
         going = []
-        for one in waiting:
+        for group, one in waiting:
             began = time.monotonic()
             if first and began + longest > deadline:
-                for spec in groups[id(one)]:
+                for spec in group:
                     yield Record(
                         spec=spec,
                         outcome="not measured",
@@ -185,7 +186,7 @@ def carry_out(
                 continue
             with suppress(StopIteration):
                 yield from next(one)
-                going.append(one)
+                going.append((group, one))
             longest = max(longest, time.monotonic() - began) if seconds < inf else 0.0
         waiting, first = going, False
 
@@ -195,6 +196,8 @@ def _spec(found: dict[str, Any], **options: Any) -> Spec:
     if unknown := sorted(options.keys() - names):
         raise InputError(f"a measurement has no option {', '.join(unknown)}; it has {', '.join(sorted(names))}")
     given = {k: v for k, v in options.items() if v is not None}
+    if given.get("quick"):
+        given = QUICK | given
     if given.get("mode", "infer") not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {given['mode']!r}")
     if given.get("batch", 1) < 1 or given.get("blocks", 1) < 0:

@@ -322,12 +322,19 @@ _FORMS: Mapping[str, _Form] = {
         "properties": {**_CEILINGS["properties"], "after": {**_CEILINGS, "type": ["object", "null"]}},
     },
     "layers": _map(
-        _object(flops=_SIZE, bytes=_SIZE, floor=_MAYBE_SIZE, forward=_MAYBE_SIZE, backward=_MAYBE_SIZE)
+        _object(
+            ("flops", "bytes"), flops=_SIZE, bytes=_SIZE, floor=_MAYBE_SIZE, forward=_MAYBE_SIZE, backward=_MAYBE_SIZE
+        )
     ),
     "serving": _object(
         latencies=_list(_DURATION), p50=_MAYBE_SIZE, p90=_MAYBE_SIZE, p99=_MAYBE_SIZE,
         bus=_object(to_device=_MAYBE_RATE, to_host=_MAYBE_RATE),
-        sweep=_map(_object(("steps", "seconds"), steps=_POSITIVE_COUNT, seconds=_list(_DURATION, 1))),
+        sweep=_map(
+            _object(
+                ("steps", "seconds"), steps=_POSITIVE_COUNT, seconds=_list(_DURATION, 1), latencies=_list(_DURATION),
+                peak_memory=_MAYBE_SIZE,
+            )
+        ),
         largest_batch=_number(0, 2**53, kind="integer", null=True),
     ),
     "watch": _object(blocks=_COUNT, seconds=_SPENT),

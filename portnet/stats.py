@@ -55,7 +55,10 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """B's time over A's: above 1, B is the slower. With its 95% interval over rounds, which one round cannot give."""
+    """B's time over A's: above 1, B is the slower. With its 95% interval over rounds, which one round cannot give.
+
+    `rounds` in which both were timed side by side: 0 is a comparison by `welch`, of processes that never were.
+    """
 
     ratio: float
     low: float | None
@@ -113,13 +116,42 @@ def compare(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Compa
         _median(there, f"b[{i}]") / _median(here, f"a[{i}]") for i, (here, there) in enumerate(zip(a, b, strict=True))
     ]
     found = interval(ratios)
-    verdict: Verdict = "inconclusive"
-    if found.low is not None and found.high is not None:
-        if not found.low <= 1 <= found.high:
-            verdict = "different"
-        elif _within(found.low, found.high):
-            verdict = "equivalent"
+    verdict = judge(found.low, found.high)
     return Comparison(ratio=found.figure, low=found.low, high=found.high, rounds=found.count, verdict=verdict)
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Comparison:
+    """Compare two stacks that were never timed side by side; `a` and `b` hold one number per process, its median.
+
+    The ratio is that of the geometric means, b's over a's; its interval is Welch's t interval on the logarithms, with
+    Satterthwaite's degrees of freedom [B. L. Welch, "The generalization of 'Student's' problem when several different
+    population variances are involved", Biometrika 34, 1947]: the sides may scatter unequally. It is wider than that of
+    `compare`, for nothing that the machine did to both cancels; and it knows nothing of what befell one side as a
+    whole, such as another day on a shared machine.
+
+    Verdicts as `compare`'s; `inconclusive`, and without an interval, where one of the sides is a single process.
+    """
+    here, there = np.log(_times(a, "a")), np.log(_times(b, "b"))
+    centre = float(there.mean() - here.mean())
+    low = high = None
+    if len(here) > 1 and len(there) > 1:
+        shares = [float(side.var(ddof=1)) / len(side) for side in (here, there)]
+        error = sum(shares)
+        half = 0.0
+        if error > 0:
+            freedom = error**2 / sum(s**2 / (len(side) - 1) for s, side in zip(shares, (here, there), strict=True))
+            half = _student(freedom) * sqrt(error)
+        low, high = _exp(centre - half), _exp(centre + half)
+    return Comparison(ratio=_exp(centre), low=low, high=high, rounds=0, verdict=judge(low, high))
+
+
+def judge(low: float | None, high: float | None) -> Verdict:
+    """What the interval of a ratio says: `different` if it excludes 1, `equivalent` if it lies within 2% of it."""
+    if low is None or high is None:
+        return "inconclusive"
+    if not low <= 1 <= high:
+        return "different"
+    return "equivalent" if _within(low, high) else "inconclusive"
 
 
 def interval(medians: Sequence[float]) -> Interval:
@@ -132,7 +164,7 @@ def interval(medians: Sequence[float]) -> Interval:
     if count < 2:
         return Interval(figure=exp(mean), low=None, high=None, count=count)
     half = _student(count - 1) * float(logs.std(ddof=1)) / sqrt(count)
-    return Interval(figure=exp(mean), low=exp(mean - half), high=exp(mean + half), count=count)
+    return Interval(figure=exp(mean), low=_exp(mean - half), high=_exp(mean + half), count=count)
 
 
 def steady(samples: Sequence[float]) -> int | None:
@@ -227,6 +259,11 @@ def _times(values: Sequence[float], what: str) -> NDArray[np.float64]:
     return times
 
 
+def _exp(x: float) -> float:
+    """As far as there are floats: two values a hundred orders of magnitude apart have an interval beyond them."""
+    return exp(min(x, 700.0))
+
+
 def _median(values: Sequence[float], what: str) -> float:
     return float(median(_times(values, what).tolist()))
 
@@ -247,7 +284,7 @@ def prediction(count: int, probability: float) -> float:
     return float(stdtrit(count - 1, (1 + probability) / 2)) * sqrt(1 + 1 / count)
 
 
-def _student(freedom: int) -> float:
+def _student(freedom: float) -> float:
     """How many standard errors a two-sided interval reaches."""
     # Here, since it takes longer to import than all the rest of the core.
     from scipy.special import stdtrit

@@ -17,7 +17,7 @@ from portnet import alexnet, cache, images, parity, plugins, stats, training, we
 from portnet.clock import Inputs
 from portnet.contract import Backend, Session, Settings, Unavailable, Unsupported
 from portnet.errors import PortNetError
-from portnet.graph import Cost, Graph
+from portnet.graph import ITEMSIZE, Cost, Graph
 from portnet.parity import Verdict
 from portnet.record import Spec
 
@@ -33,8 +33,6 @@ EQUALS = "cpu"
 BELIEVED = 0.9999
 """The probability with which an equal's loss lies inside the envelope at a step."""
 
-ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a stored activation or operand."""
 COARSER = {"bfloat16": 2.0**15, "float16": 2.0**12, "tf32": 2.0**12}
 """A rounding to that precision as a multiple of a step between float32 neighbours."""
 

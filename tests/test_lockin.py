@@ -226,7 +226,7 @@ def test_the_floor_is_by_the_best_rates_seen_in_the_process():
     assert lockin.best(held_up) == {"flops": 100.0, "bandwidth": 20.0}
     record = replace(process(0, seconds=6.0), layers=layers, ceilings=held_up)
     (figure,) = lockin.figures([record])
-    assert (figure.floor, figure.efficiency) == (pytest.approx(3), pytest.approx(0.5))
+    assert (figure.floor, figure.efficiency.figure) == (pytest.approx(3), pytest.approx(0.5))
 
 
 def test_modes_and_rounds_of_a_stack_are_one_row():

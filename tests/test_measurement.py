@@ -55,12 +55,25 @@ def test_an_honest_one_works_and_keeps_every_sample(mode):
     assert made.gates["parity"]["findings"]
     assert made.gates["fallbacks"] == {"known": True, "operations": {}}
     assert made.gates["clock"][mode]["honest"]
+    assert made.gates["clock"][mode]["foreign_cpu"]["of"] >= 1
     assert made.times["total"] > made.times["first_step"] > 0
     assert made.effective["precision"] == "float32"
     assert len(made.effective["weights"]) == 64
     assert made.watch["blocks"] == 3
     assert list(made.layers) == [s.layer.name for s in workload.AlexNet(SMALL).graph.steps]
     assert bool(made.training) == (mode == "train")
+
+
+@pytest.mark.parametrize(
+    ("foreign", "outcome"), [(0.4, "dishonest clock"), (None, "dishonest clock"), (0.6, "not measured")]
+)
+def test_on_a_crowded_machine_a_clock_is_not_accused_and_has_no_figure_either(monkeypatch, foreign, outcome):
+    told = {"foreign_cpu": {"foreign": foreign, "of": 2}}
+    monkeypatch.setattr(measurement.Watch, "summary", lambda self: told)
+    made = measured("fake-other-units")
+    assert (made.outcome, made.samples) == (outcome, {})
+    assert "the device's events say" in made.reason
+    assert made.reason.startswith("others kept 0.6 of 2 processors busy") == (outcome == "not measured")
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,11 @@ def test_one_record_in_two_folders_counts_once(tmp_path: Path) -> None:
         pytest.param(held(ceilings={"flops": 0}), "ceilings.flops must be from", id="a ceiling of nothing"),
         pytest.param(held(ceilings={"samples": {"x": [-1]}}), "ceilings.samples.x[0] must be from", id="a rate"),
         pytest.param(held(ceilings={"after": {"flops": "1"}}), "ceilings.after.flops must be", id="a later ceiling"),
-        pytest.param(held(layers={"conv1": {"forward": -1e-3}}), "layers.conv1.forward must be from 0", id="a layer"),
+        pytest.param(
+            held(layers={"conv1": {"flops": 1, "bytes": 1, "forward": -1e-3}}),
+            "layers.conv1.forward must be from 0",
+            id="a layer",
+        ),
         pytest.param(held(serving={"latencies": [0]}), "serving.latencies[0] must be from", id="no latency"),
         pytest.param(held(serving={"sweep": {"1": {}}}), "serving.sweep.1 must have steps, seconds", id="a sweep"),
         pytest.param(held(times={"first_step": -1}), "times.first_step must be from 0", id="a negative time"),
