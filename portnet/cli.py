@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import portnet
-from portnet import host, plugins
+from portnet import cli_report, host, plugins
 from portnet.contract import PRECISIONS
 from portnet.errors import InputError, PictureError, PluginError, PortNetError, RecordError, Unavailable, WeightsError
 
@@ -140,6 +140,11 @@ def _carry_out(
     """Measure a plan with progress on standard error; every record is on disk as soon as it is made."""
     from portnet import plan as planning
 
+    try:
+        # Now, not when the first record is made and would be lost.
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"cannot make the folder {out}: {error}") from error
     rounds = rounds or (1 if quick else 10)
     total = rounds * sum(map(len, plan.groups))
     made: list[Record] = []
@@ -224,13 +229,12 @@ def measure(
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
     if precision:
         stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
-    more: dict[str, Any] = {"blocks": 10, "perturbed": 5} if options["quick"] else {}
     if every:
         chosen = [name.strip() for name in names.split(",")] if names else []
-        plan = planning.everything(chosen, modes=modes, batches=batches, **options, **more)
+        plan = planning.everything(chosen, modes=modes, batches=batches, **options)
     else:
         without = tuple(name.strip() for name in ablate.split(",")) if ablate else ()
-        plan = planning.of_stacks(stacks, modes=modes, batches=batches, without=without, **options, **more)
+        plan = planning.of_stacks(stacks, modes=modes, batches=batches, without=without, **options)
     _told(_carry_out(plan, quick=options["quick"], **ours), plan, ours["out"], as_json=as_json)
 
 
@@ -249,9 +253,8 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
     from portnet.report import table
 
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
-    more = {"blocks": 10, "perturbed": 5} if options["quick"] else {}
     chosen = [name.strip() for name in layers.split(",")] if layers else []
-    plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options, **more)
+    plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options)
     made = _carry_out(plan, quick=options["quick"], **ours)
     if not as_json:
         _console().print(table.ablation(made, plan.groups[0][0], plugins.backends()[plan.groups[0][0].backend]))
@@ -508,7 +511,14 @@ def _progress(total: int, *, quiet: bool = False) -> Iterator[tuple[Callable[[st
     """
     console = _console(stderr=True)
     if quiet or not console.is_terminal:
-        done = 0
+        done, said = 0, -inf
+
+        def say(text: str) -> None:
+            nonlocal said
+            # Minutes can pass before a unit is done; a log that is silent looks hung.
+            if not quiet and monotonic() - said >= 30:
+                said = monotonic()
+                click.echo(f"[{done}/{total}] {text}", err=True)
 
         def advance(text: str) -> None:
             nonlocal done
@@ -517,7 +527,7 @@ def _progress(total: int, *, quiet: bool = False) -> Iterator[tuple[Callable[[st
             if not quiet and (done % max(1, total // 10) == 0 or done == total):
                 click.echo(f"[{done}/{total}] {text}", err=True)
 
-        yield lambda text: None, advance
+        yield say, advance
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -643,6 +653,8 @@ def _print_records(told: dict[str, Any]) -> None:
         text = f"Unfinished: {path}; its writer is at work, or was killed: then it can be deleted"
         console.print(shown(text, 1000), soft_wrap=True)
 
+
+cli_report.register(main)
 
 if __name__ == "__main__":
     main()

@@ -12,18 +12,19 @@ CORE, BACKENDS = ROOT / "portnet", ROOT / "backends"
 
 FLOORS = [
     {"errors", "host", "data"},
-    {"graph", "philox", "files", "devices"},
-    {"alexnet", "contract", "record", "stats"},
+    {"graph", "philox", "files", "devices", "portability"},
+    {"alexnet", "contract", "record", "stats", "lines"},
     {"hookspecs", "weights", "images", "watch", "lockin"},
-    {"parity", "onnx_export", "training", "clock", "report"},
-    {"plugins"},
-    {"cache", "conformance"},
-    {"workload"},
-    {"own_model"},
+    {"parity", "onnx_export", "training", "clock", "assessment", "projection", "difference"},
+    {"plugins", "assess"},
+    {"cache", "conformance", "report"},
+    {"workload", "reporting"},
+    {"own_model", "serving"},
     {"measurement", "model"},
     {"launch"},
     {"plan"},
     {"__init__"},
+    {"cli_report"},
     {"cli"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
@@ -31,7 +32,7 @@ FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in m
 # What the core may import besides Python's own library: its dependencies, none of which is a vendor's.
 NEUTRAL = {
     *("numpy", "scipy", "pluggy", "onnx", "safetensors", "click", "rich", "jinja2", "markupsafe", "matplotlib", "PIL"),
-    *("psutil", "zeus", "platformdirs"),
+    *("psutil", "zeus", "platformdirs", "pandas", "coverage"),
 }
 
 # Files of backends that are nobody's: what every torch device shares.

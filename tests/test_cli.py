@@ -23,7 +23,10 @@ from portnet.plugins import Problem, Registry
 from portnet.record import Record
 
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
-COMMANDS = ("ablate", "backends", "check", "compare", "export", "infer", "measure", "records", "summary", "train")
+COMMANDS = (
+    *("ablate", "backends", "check", "compare", "diff", "divergence", "export", "infer", "measure", "project"),
+    *("records", "report", "summary", "train"),
+)
 TINY = ("--preset", "tiny", "--backend", "reference")
 
 
@@ -605,7 +608,10 @@ def test_compare_measures_every_stack_and_leaves_a_record_of_each_and_a_page(com
     for word in ("everywhere", "reference", "works", "absent", "plug one in"):
         assert word in out, word
     assert out.endswith(f"Records and page: {tmp_path / 'deep' / 'out'} (compare.html)\n")
-    assert len(err.splitlines()) == len(MEASURED)
+    # What goes on is said at once, though nothing is done yet.
+    assert [line.split("]")[0] for line in err.splitlines()] == [
+        f"[{n}/{len(MEASURED)}" for n in range(len(MEASURED) + 1)
+    ]
     assert "[8/8] second/eager/float32, infer, batch 3: works" in err
 
 
@@ -615,7 +621,10 @@ def test_compare_as_json(comparing, tmp_path):
     assert len(told) == len(MEASURED) + 1
     assert {t["spec"]["backend"] for t in told} == {s.split("/")[0] for s in STACKS}
     assert {t["schema"] for t in told} == {record.SCHEMA}
-    assert len(err.splitlines()) == len(MEASURED)
+    # What goes on is said at once, though nothing is done yet.
+    assert [line.split("]")[0] for line in err.splitlines()] == [
+        f"[{n}/{len(MEASURED)}" for n in range(len(MEASURED) + 1)
+    ]
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text()) in told
 

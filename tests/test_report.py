@@ -524,7 +524,7 @@ def test_plots_do_not_depend_on_the_users_settings() -> None:
 
 
 def test_more_stacks_than_colours_still_differ() -> None:
-    styles = [plots._style(curve) for curve in curves(*[[1.0, 2.0]] * 30)]
+    styles = [plots.look(curve) for curve in curves(*[[1.0, 2.0]] * 30)]
     assert len({(s["color"], s["linestyle"]) for s in styles}) == 30
 
 

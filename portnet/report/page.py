@@ -82,8 +82,8 @@ def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) 
         table=table,
         spread=None if (drifted := spread(records)) is None else table.error(drifted),
         quick=any(row.spec.quick for row in figures),
-        devices=_shared([(label, row.record.device) for label, row in named]),
-        environments=_shared([(label, row.record.environment) for label, row in named]),
+        devices=shared([(label, row.record.device) for label, row in named]),
+        environments=shared([(label, row.record.environment) for label, row in named]),
         problems=[str(problem) for problem in problems],
     )
 
@@ -102,12 +102,12 @@ def _works(named: Sequence[tuple[str, Row]]) -> list[Work]:
     for n, group in enumerate(same_work([row.record for _, row in named]), 1):
         own = [(label, row) for label, row in named if any(row.record is record for record in group)]
         works.append(
-            Work(told=table.work(group[0].spec), plots=[*_curves(own, n), *_speeds(own, n)], losses=_sampled(own))
+            Work(told=table.work(group[0].spec), plots=[*curves(own, n), *_speeds(own, n)], losses=_sampled(own))
         )
     return works
 
 
-def _curves(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
+def curves(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
     """The loss of every stack that trained, and how far it is from the reference's."""
     trained = [(label, row) for label, row in named if row.losses]
     # The reference comes first, to be drawn below the others.
@@ -204,7 +204,7 @@ def _start(records: Sequence[Record]) -> str:
     )
 
 
-def _shared(told: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Shared]:
+def shared(told: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Shared]:
     """Equal descriptions once, each with the stacks that it is of and the dates it was found at."""
     groups: dict[tuple[tuple[str, str], ...], list[tuple[str, str]]] = {}
     for label, mapping in told:
@@ -215,7 +215,7 @@ def _shared(told: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Shared]:
         Shared(
             title=", ".join(value for name, value in items if name in ("name", "system", "machine")) or "unnamed",
             dates=sorted({date for _, date in found if date}),
-            stacks=[label for label, _ in found],
+            stacks=list(dict.fromkeys(label for label, _ in found)),
             data=Grid(caption="", columns=("Property", "Value"), rows=items),
         )
         for items, found in groups.items()

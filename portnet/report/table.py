@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from portnet.contract import Backend, Settings
-from portnet.lockin import COUNTED, WORK, Figure, Row, compare, figures, same_work, spread, void
+from portnet.lockin import COUNTED, WORK, Figure, Row, compare, crowd, figures, same_work, spread, void
 from portnet.record import Record, Spec
 
 NOT_MEASURED = "not measured"
@@ -93,7 +93,7 @@ def _figures(found: Sequence[Figure]) -> Table:
     table.add_column("Stack,\nmode, batch", overflow="fold")
     table.add_column("Outcome", width=9)
     table.add_column("Images/s,\n95% interval", justify="right", width=15)
-    table.add_column("Efficiency,\nof published", justify="right", width=12)
+    table.add_column("Efficiency,\nby published", justify="right", width=12)
     table.add_column("Time as a multiple\nof the first's", justify="right", width=18)
     for figure in found:
         first = next(f for f in found if (f.spec.mode, f.spec.batch) == (figure.spec.mode, figure.spec.batch))
@@ -102,17 +102,18 @@ def _figures(found: Sequence[Figure]) -> Table:
             Text(f"{plain(spec.stack)}\n").append(f"{spec.mode}, batch {spec.batch}", style="dim"),
             Text(figure.outcome, style=STYLES.get(figure.outcome, "red")),
             Text(interval(figure)),
-            Text(f"{share(figure.efficiency)}\n{share(figure.of_published)}"),
+            Text("\n".join(share(x.figure if x else None) for x in (figure.efficiency, figure.published))),
             Text("" if first is figure else versus(first, figure)),
         )
     notes = [f"{plain(f.spec.stack)}, {f.spec.mode}: {f.outcome}. {plain(f.reason)}" for f in found if f.reason]
+    notes += [f"{plain(f.spec.stack)}, {f.spec.mode}: {text}" for f in found if (text := crowded(f.records))]
     if rejected := sum(f.rejected for f in found):
         notes.append(f"{rejected} processes belong to rounds that were run again, since the host's speed had changed.")
     if uneven := sum(bool(r.round.get("uneven")) and not r.round.get("rejected") for f in found for r in f.records):
         notes.append(f"{uneven} processes belong to rounds that stand although the host's speed differed in them.")
     notes.append(
         "Efficiency: the floor by the matrix product and the copy measured in the same process, over the time taken; "
-        "beside it the share of the device's published peak that this matrix product reached."
+        "below it the same by the rates that the device's vendor publishes."
     )
     table.caption = Text("\n".join(["", *notes]))
     table.caption_style, table.caption_justify = "", "left"
@@ -127,6 +128,13 @@ def interval(figure: Figure) -> str:
     if figure.rate.low is None or figure.rate.high is None:
         return f"{text}\none process"
     return f"{text}\n{rate(figure.rate.low)} to {rate(figure.rate.high)}"
+
+
+def crowded(records: Sequence[Record]) -> str:
+    """That others kept the machine busy, in a sentence; empty where they did not."""
+    if (seen := crowd(records)) is None:
+        return ""
+    return f"other processes kept up to {seen[0]:.1f} of {seen[1]} processors busy: not to be relied on."
 
 
 def share(value: float | None) -> str:
