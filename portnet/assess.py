@@ -44,8 +44,9 @@ MISSING = "missing"
 """Of what a platform has not, while its device is there: a feature, a mode, an engine, a precision."""
 UNSUPPORTED = ("wrong", "failed", "out of memory", "timeout", MISSING)
 """Outcomes of a stack that was there and did not do it. After any other its efficiency is not known."""
-UNTRIED = ("runs repeat bit for bit", "fused optimiser", "distributed training")
-"""Features that no record tells of so far."""
+REPEATS = "runs repeat bit for bit"
+UNTRIED = (f"train: {REPEATS}", f"infer: {REPEATS}", "fused optimiser", "distributed training")
+"""Features that have a row even where no record tells of them."""
 NONE = Value()
 
 
@@ -351,7 +352,7 @@ class _Assessing:
                 # answers, of which one is wrong.
                 if name not in row or _PLACE[outcome] < _PLACE[row[name].outcome]:
                     row[name] = seen
-        cells |= {feature: {} for feature in UNTRIED}
+        cells |= {feature: {} for feature in UNTRIED if not any(known.startswith(feature) for known in cells)}
         return Outcomes(cells=cells, retained={p.name: self._retained(cells, p.name) for p in self.platforms})
 
     def _retained(self, cells: Mapping[str, Mapping[str, Cell]], platform: str) -> Value:
@@ -465,10 +466,18 @@ class _Assessing:
                     logits=self._value(figure, logits, "the gate was not reached"),
                     loss=self._value(figure, loss, "no float64 reference of the same training"),
                     worst=str(max(findings, key=_used)["what"]) if findings else "",
-                    repeats=NONE,
+                    repeats=self._repeats(figure),
                 )
             )
         return made
+
+    def _repeats(self, figure: Figure) -> Value:
+        found = _repetitions(figure)
+        if not found:
+            return self._value(figure, None, "not measured in quick records" if figure.spec.quick else "not measured")
+        seen = self._value(figure, float(all(one["equal"] for one in found)))
+        differing = list(dict.fromkeys(name for one in found for name in one.get("differing", ())))
+        return _also(seen, f"{len(differing)} tensors differ, {differing[0]} among them") if differing else seen
 
     def _serving(self) -> list[Serving]:
         made = []
@@ -801,11 +810,17 @@ def _features(figure: Figure) -> list[tuple[str, str]]:
             "profiler: operations that ran elsewhere are counted": record.gates.get("fallbacks", {}).get("known"),
             "memory statistics": record.watch.get("device_peak_memory") is not None if record.watch else None,
         }
+        if seen := _repetitions(figure):
+            told[f"{spec.mode}: {REPEATS}"] = all(one["equal"] for one in seen)
         # The first process of a series tries that, unless it is quick.
         if any(r.times.get("end_to_end") for r in figure.records):
             told["profiler: layers can be timed singly"] = any(x.get("forward") for x in record.layers.values())
         found += [(name, "works" if seen else MISSING) for name, seen in told.items() if seen is not None]
     return found
+
+
+def _repetitions(figure: Figure) -> list[Mapping[str, Any]]:
+    return [r.gates["repeats"] for r in figure.records if "repeats" in r.gates]
 
 
 def _why(figure: Figure) -> str:

@@ -12,7 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from portnet import clock, lockin, parity, plugins, stats
-from portnet.contract import PRECISIONS, Backend, Session, Settings
+from portnet.contract import PRECISIONS, Array, Backend, Session, Settings
 from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported
 from portnet.graph import Cost
 from portnet.own_model import workload
@@ -151,6 +151,8 @@ class Measurement:
         self.ceilings = None if spec.without else self.backend.ceilings(self.settings.precision)
         if self.ceilings is not None:
             self._add(ceilings=asdict(self.ceilings))
+        if self.detail and not spec.quick:
+            self._repeats()
         self.session = self.workload.open(self.backend, self.settings)
         self._fallbacks(self.session)
         if not self._clock(self.session):
@@ -281,6 +283,32 @@ class Measurement:
         self.work = clock.Work(session, mode, *self.inputs)
         self.steps = max(1, clock.steps_for(self.work, BLOCK)[0])
         return True
+
+    def _repeats(self) -> None:
+        """Whether the same work gives the same bits twice, on a fresh session each time."""
+        self.say("does it repeat bit for bit")
+        once, again = self._trial(), self._trial()
+        differing = [name for name, value in once.items() if value.tobytes() != again[name].tobytes()]
+        self._gate("repeats", {"equal": not differing, "compared": len(once), "differing": differing})
+
+    def _trial(self) -> dict[str, Array]:
+        """What three steps leave: the logits of each, or the losses of updates at the recipe's rate and the weights.
+
+        At the rate of timed steps the weights would hide gradients that differ.
+        """
+        found = {}
+        with closing(self.workload.open(self.backend, self.settings)) as session:
+            for step in range(3):
+                images, labels, ids = (session.put(a) for a in self.inputs[step % 2])
+                if self.spec.mode == "train":
+                    rate = self.workload.learning_rate
+                    value = session.train_step(images, labels, ids, step=step, learning_rate=rate)
+                else:
+                    value = session.infer(images)
+                found[f"step {step}"] = session.get(value)
+            if self.spec.mode == "train":
+                found |= session.weights()
+        return found
 
     def _fallbacks(self, session: Session) -> None:
         self.say("fallbacks")

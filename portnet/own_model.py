@@ -208,6 +208,10 @@ class OwnModel(Workload):
             number += 1
             yield self.batch(batch, number)
 
+    @property
+    def learning_rate(self) -> float:
+        return self.model.learning_rate
+
     def open(self, backend: Backend, settings: Settings) -> Session:
         return self._open(backend, self.start, settings)
 

@@ -311,6 +311,7 @@ _FORMS: Mapping[str, _Form] = {
         curve=_object(passed=_TRUTH, share=_SIZE, step=_COUNT, runs=_COUNT),
         clock=_map(_CLOCK),
         fallbacks=_object(known=_TRUTH, operations=_map(_COUNT)),
+        repeats=_object(("equal",), equal=_TRUTH, compared=_COUNT, differing=_list(_TEXT)),
         warm_up=_object(steady_from=_number(0, 2**53, kind="integer", null=True), blocks=_COUNT),
         trend=_object(change=_number(), low=_number(null=True), high=_number(null=True), unsteady=_TRUTH),
     ),

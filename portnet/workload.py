@@ -40,6 +40,11 @@ COARSER = {"bfloat16": 2.0**15, "float16": 2.0**12, "tf32": 2.0**12}
 class Workload(ABC):
     """A model with a batch maker and a loss."""
 
+    @property
+    @abstractmethod
+    def learning_rate(self) -> float:
+        """Of the first steps of training."""
+
     @abstractmethod
     def open(self, backend: Backend, settings: Settings) -> Session:
         """The model with its initial weights on the device."""
@@ -94,6 +99,10 @@ class AlexNet(Workload):
     @cached_property
     def start(self) -> dict[str, Any]:
         return weights.initial(self.graph, self.spec.seed)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.graph.recipe.learning_rate
 
     def prepare(self) -> str:
         return weights.digest(self.start)
@@ -187,8 +196,6 @@ class AlexNet(Workload):
 
         first = next(images.training_batches(self.data.train, graph, seed=spec.seed, epoch=0, batch=spec.curve_batch))
         limits = sorted({k for layer in backend.library_layers(plain) for k in layer.environment})
-        asked = (graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser)
-        here = (device, [(k, os.environ.get(k)) for k in limits], cache.sources(backend))
         asked = (graph, plain, spec.data, spec.curve_batch, spec.curve_steps, count, coarser)
         here = (device, [(k, os.environ.get(k)) for k in limits], cache.sources(backend))
         key = repr((*asked, weights.digest({"first": first.images}), *here))

@@ -99,6 +99,20 @@ class FakeTooFast(FakeRemembers):
         return put
 
 
+class FakeWandering(FakeHonest):
+    """Rounds as it happens to, as sums whose order hangs on threads do: no two sessions give the same bits."""
+
+    def infer(self, images):
+        found = super().infer(images)
+        return found * (1 + np.float32(2**-20) * np.random.default_rng().random(found.shape, np.float32))
+
+    def train_step(self, images, labels, ids, *, step, learning_rate):
+        loss = super().train_step(images, labels, ids, step=step, learning_rate=learning_rate)
+        bias = self.parameters["conv1.bias"]
+        bias += np.float32(1e-9) * np.random.default_rng().random(bias.shape, np.float32)
+        return loss
+
+
 class FakeRepeats(FakeHonest):
     """Computes two images and repeats their logits."""
 
@@ -166,6 +180,7 @@ FAKES = {
     "fake-remembers": FakeDevice("fake-remembers", FakeRemembers),
     "fake-remembers-the-last": FakeDevice("fake-remembers-the-last", FakeRemembersTheLast),
     "fake-too-fast": FakeDevice("fake-too-fast", FakeTooFast, flops=1e12),
+    "fake-wandering": FakeDevice("fake-wandering", FakeWandering),
     "fake-repeats": FakeDevice("fake-repeats", FakeRepeats),
     "fake-slowing": FakeDevice("fake-slowing", FakeSlowing),
     "fake-crashing": FakeDevice("fake-crashing", FakeCrashing),

@@ -304,6 +304,25 @@ def test_numbers_are_told_by_the_gate_and_the_worst_tensor():
     assert seen.repeats.figure is None
 
 
+def test_whether_runs_repeat_bit_for_bit_is_told_and_counts_as_a_feature():
+    told = {"cuda": {"equal": True, "differing": []}, "rocm": {"equal": False, "differing": ["conv1.weight", "fc6.bias"]}}
+
+    def with_gate(r):
+        gate = told.get(r.spec.backend) if r.spec.mode == "train" and r.round["number"] == 0 else None
+        return replace(r, gates={**r.gates, "repeats": gate}) if gate else r
+
+    seen = assess([with_gate(r) for r in MADE])
+    rows = {n.platform: n.repeats for n in seen.numerics if n.mode == "train"}
+    assert (rows["cuda"].figure, rows["rocm"].figure, rows["mps"].figure) == (1, 0, None)
+    assert rows["rocm"].note == "2 tensors differ, conv1.weight among them"
+    row = seen.outcomes.cells["train: runs repeat bit for bit"]
+    assert {name: cell.outcome for name, cell in row.items()} == {"cuda": "works", "rocm": "missing"}
+    assert seen.outcomes.cells["infer: runs repeat bit for bit"] == {}
+    before, after = (x.outcomes.retained["rocm"].note.partition(" of ")[0::2] for x in (SEEN, seen))
+    assert int(after[0]) == int(before[0]), "what rocm lost is not kept"
+    assert after[1].startswith(str(int(before[1].split()[0]) + 1)), "and is counted"
+
+
 def test_the_reference_is_no_platform():
     oracle = simulated.spec("cuda", precision="float64")
     made = [replace(r, spec=replace(oracle, backend=lockin.ORACLE)) for r in simulated.records(oracle, rounds=1)]

@@ -157,13 +157,16 @@ def test_it_filters(opened: Any) -> None:
     field.fill("simulated wrong")
     assert column(page, "Outcome") == ["✕ wrong"]
     field.fill("")
-    page.get_by_role("combobox", name=re.compile("^Precision")).select_option("float32")
-    assert set(column(page, "Precision")) == {"float32"}
+    page.get_by_role("combobox", name=re.compile("^Precision")).select_option("bfloat16")
+    assert set(column(page, "Precision")) == {"bfloat16"}
     page.get_by_role("combobox", name=re.compile("^Mode")).select_option("train")
-    both = [e for e in entries if (e.problem.precision, e.problem.mode) == ("float32", "train")]
+    both = [e for e in entries if (e.problem.precision, e.problem.mode) == ("bfloat16", "train")]
+    assert 0 < len(both) < sum(e.problem.precision == "bfloat16" for e in entries)
     assert count.inner_text() == f"{len(both)} of {len(entries)} rows"
     page.get_by_role("button", name="Show all").click()
     assert count.inner_text() == whole
+    assert len(column(page, "Stack")) == len(entries)
+    assert field.input_value() == ""
     assert count.get_attribute("role") == "status"
 
 

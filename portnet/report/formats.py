@@ -268,7 +268,7 @@ class _Markdown:
         )
         made += self.table(
             "Numbers",
-            ("Stack", "Platform", "Mode", "Gate used", "Logits' error", "Loss distance, nats"),
+            ("Stack", "Platform", "Mode", "Gate used", "Logits' error", "Loss distance, nats", "Repeats bit for bit"),
             [
                 [
                     n.stack,
@@ -277,6 +277,7 @@ class _Markdown:
                     self.told(n.gate, "share"),
                     self.told(n.logits, "error"),
                     self.told(n.loss, "error"),
+                    self.told(n.repeats, "truth"),
                 ]
                 for n in seen.numerics
             ],

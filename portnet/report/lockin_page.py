@@ -629,7 +629,7 @@ class _Page:
                     n.worst or "–",
                     self._shown(n.logits, "error", "-"),
                     self._shown(n.loss, "error", "-"),
-                    self._shown(n.repeats, "plain"),
+                    self._shown(n.repeats, "truth", "-"),
                 ),
             )
             for n in sorted(self._kept(self.seen.numerics), key=self._place)

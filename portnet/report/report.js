@@ -38,10 +38,11 @@
   const form = document.getElementById("filters");
   if (form) {
     const rows = all("#stacks-table tbody tr").map((row) => [row, row.textContent.toLowerCase()]);
+    const choices = ["mode", "precision", "outcome"];
     const count = document.getElementById("count");
     const filter = () => {
       const words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const chosen = ["mode", "precision", "outcome"].map((name) => [name, form.elements[name].value]);
+      const chosen = choices.map((name) => [name, form.elements[name].value]);
       let shown = 0;
       for (const [row, text] of rows) {
         const fits = chosen.every(([name, wanted]) => !wanted || row.dataset[name] === wanted);
@@ -51,7 +52,13 @@
       count.textContent = `${shown} of ${rows.length} rows`;
     };
     form.addEventListener("input", filter);
-    form.addEventListener("reset", () => setTimeout(filter));
+    form.addEventListener("reset", (event) => {
+      // The fields would be emptied only after this, and the rows a moment later.
+      event.preventDefault();
+      form.elements.text.value = "";
+      for (const name of choices) form.elements[name].value = "";
+      filter();
+    });
     form.addEventListener("submit", (event) => event.preventDefault());
     filter();
   }

@@ -155,6 +155,7 @@ KINDS: dict[str, Callable[[float], str]] = {
     "lines": _count,
     "error": error,
     "plain": digits,
+    "truth": lambda value: "yes" if value else "no",
 }
 """How each sort of figure is written; ``money`` needs the currency besides."""
 
