@@ -305,7 +305,8 @@ def test_numbers_are_told_by_the_gate_and_the_worst_tensor():
 
 
 def test_whether_runs_repeat_bit_for_bit_is_told_and_counts_as_a_feature():
-    told = {"cuda": {"equal": True, "differing": []}, "rocm": {"equal": False, "differing": ["conv1.weight", "fc6.bias"]}}
+    lost = ["conv1.weight", "fc6.bias"]
+    told = {"cuda": {"equal": True, "differing": []}, "rocm": {"equal": False, "differing": lost}}
 
     def with_gate(r):
         gate = told.get(r.spec.backend) if r.spec.mode == "train" and r.round["number"] == 0 else None
