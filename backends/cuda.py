@@ -32,6 +32,8 @@ class Cuda(TorchBackend):
         )
 
     def find(self, torch: "ModuleType") -> Device:
+        from portnet_backends import cuda_telemetry
+
         # A ROCm build calls its devices "cuda" too; only torch.version tells them apart.
         if torch.version.hip or not torch.version.cuda:
             raise wrong_build(torch, "CUDA", f"{INDEX}/cu130")
@@ -45,7 +47,9 @@ class Cuda(TorchBackend):
             name=properties.name,
             precisions=("float64", "float32", *ampere, "float16"),
             memory=properties.total_memory,
-            versions=versions(torch, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()),
+            versions=versions(
+                torch, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=cuda_telemetry.driver()
+            ),
             unified=bool(getattr(properties, "is_integrated", False)),
         )
 

@@ -4,9 +4,15 @@ By NVML's API reference (docs.nvidia.com/deploy/nvml-api) and the package nvidia
 """
 
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+"""Its first line, as in ``NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 2023``."""
 
 # The bits of nvmlDeviceGetCurrentClocksEventReasons (NVML's header, "NvmlClocksEventReasons"), less idling.
 REASONS = {
@@ -52,6 +58,19 @@ def read() -> dict[str, Any]:
         except (nvml.NVMLError, AttributeError):  # not offered by this card or driver
             continue
     return told
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, by NVML or by its kernel module's own word; None where neither tells."""
+    if (found := _device()) is not None:
+        nvml, _ = found
+        with suppress(nvml.NVMLError):
+            return str(nvml.nvmlSystemGetDriverVersion())
+    try:
+        told = re.search(r"\d+\.\d+(\.\d+)?", KERNEL_MODULE.read_text(encoding="utf-8").splitlines()[0])
+    except (OSError, IndexError):
+        return None
+    return told[0] if told else None
 
 
 def _foreign(pids: list[int]) -> int:

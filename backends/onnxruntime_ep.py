@@ -57,7 +57,8 @@ class OnnxRuntime(Backend):
         return Device(
             name=self.device(),
             precisions=self.precisions,
-            versions={"onnxruntime": runtime.__version__},
+            # onnx writes the model that is run.
+            versions={"onnxruntime": runtime.__version__, "onnx": metadata.version("onnx")},
             unified=self.memory == "cpu",
         )
 

@@ -34,6 +34,8 @@ class Rocm(TorchBackend):
         )
 
     def find(self, torch: "ModuleType") -> Device:
+        from portnet_backends import rocm_telemetry
+
         if not torch.version.hip:
             raise wrong_build(torch, "ROCm", f"{INDEX}/rocm7.2")
         if not torch.cuda.is_available():
@@ -51,6 +53,7 @@ class Rocm(TorchBackend):
                 hip=torch.version.hip,
                 miopen=torch.backends.cudnn.version(),
                 architecture=getattr(properties, "gcnArchName", None),
+                driver=rocm_telemetry.driver(),
             ),
             unified=bool(getattr(properties, "is_integrated", False)),
         )

@@ -5,8 +5,12 @@ By AMD's reference (rocm.docs.amd.com/projects/amdsmi, "AMD SMI Python API") and
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+KERNEL_MODULE = Path("/sys/module/amdgpu/version")
 
 # Fields of amdsmi_get_violation_status that say why clocks are held down; not low utilisation, which is idling.
 REASONS = {
@@ -68,6 +72,18 @@ def read() -> dict[str, Any]:
         if value is not None:
             told[key] = value
     return told
+
+
+def driver() -> str | None:
+    """The version of AMD's driver, by AMD SMI or by the kernel module; None for the one that came with the kernel."""
+    if (found := _device()) is not None:
+        smi, handle = found
+        with suppress(smi.AmdSmiException, KeyError):
+            return str(smi.amdsmi_get_gpu_driver_info(handle)["driver_version"])
+    try:
+        return KERNEL_MODULE.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def _is_number(value: Any) -> bool:

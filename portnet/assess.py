@@ -5,7 +5,7 @@ different machines were not timed side by side, and carry the wider interval.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import exp, hypot, inf, log
 from statistics import median
 from typing import Any, TypeGuard
@@ -30,9 +30,9 @@ from portnet.assessment import (
     Verdict,
 )
 from portnet.errors import InputError
-from portnet.lockin import COUNTED, Figure
+from portnet.lockin import ABSENT, COUNTED, Figure
 from portnet.projection import EPOCHS, IMAGES
-from portnet.record import Record, Spec
+from portnet.record import RUNGS, Record, Spec, taken
 
 LATENCY = 0.1
 """Seconds that an answer may take where no other bound is asked for."""
@@ -121,14 +121,14 @@ class _Assessing:
         self.home = at_home[0] if at_home else None
         # What would be left is held against, whether it was asked for or not.
         chosen = [n for n in every if not wanted or n == self.home or self._asked(n, wanted)]
-        self.named = bool(wanted)
+        self.named = wanted
         self.missing = tuple(w for w in wanted if not any(self._asked(n, [w]) for n in every))
         self.placed = [(n, f) for n, f in known if n in chosen]
         self.platforms = [self._platform(n) for n in chosen]
         self.several = len({_work(f.spec) for _, f in self.placed}) > 1
-        self.whole = [(n, f) for n, f in self.placed if not f.spec.without and f.spec.mode != "serve"]
+        self.current = _current(self.placed)
         self.tried: dict[tuple[str, Problem], list[Figure]] = {}
-        for n, f in self.whole:
+        for n, f in filter(_whole, self.current):
             self.tried.setdefault((n, _problem(f.spec)), []).append(f)
 
     def _asked(self, name: str, wanted: Iterable[str]) -> bool:
@@ -141,21 +141,21 @@ class _Assessing:
         self.against = self._against()
         self.outcomes = self._outcomes()
         ablation = self._ablation()
-        serving = self._serving()
+        self.serving = self._serving()
         return Assessment(
             home=self.home,
             wanted=self.wanted,
             platforms=self.platforms,
             missing=self.missing,
             verdicts=[self._verdict(p.name) for p in self.platforms if p.name != self.home] if self.home else [],
-            stack=self._stack(ablation, serving, divergence),
+            stack=self._stack(ablation, self.serving, divergence),
             entries=self.entries,
             against=self.against,
             portability=self._portability(),
             outcomes=self.outcomes,
             ablation=ablation,
             numerics=self._numerics(),
-            serving=serving,
+            serving=self.serving,
             costs=self._costs(),
             currency=self.prices.currency if self.prices else "",
             latency=self.latency,
@@ -173,7 +173,8 @@ class _Assessing:
     # Platforms
 
     def _platform(self, name: str) -> Platform:
-        own = [r for n, f in self.placed if n == name for r in f.records]
+        figures = [f for n, f in self.placed if n == name]
+        own = [r for f in figures for r in f.records]
         device = next((r.device for r in own if r.device), {})
         return Platform(
             name=name,
@@ -183,6 +184,7 @@ class _Assessing:
             published=devices.find(str(device.get("name", "")), device.get("memory")),
             software=_software(own),
             dates=tuple(sorted({str(r.environment.get("date", ""))[:10] for r in own} - {""})),
+            absent="" if any(map(_present, figures)) else _why(figures[0]),
         )
 
     # Figures of one stack
@@ -199,11 +201,9 @@ class _Assessing:
 
     def _entries(self) -> list[Entry]:
         made = []
-        for name, figure in self.whole:
+        for name, figure in filter(_whole, self.placed):
             problem, spec = _problem(figure.spec), figure.spec
-            best = max((f.rate.figure for f in self.tried[name, problem] if f.rate), default=None)
             at_home = self._best(self.home, problem) if spec.division == "closed" else None
-            share = figure.rate.figure / best if figure.rate and best else None
             known = "" if figure.rate is None else "the ceilings or the layers' work were not measured"
             lacking = "" if figure.rate is None else "the device's published peak is not known"
             made.append(
@@ -212,15 +212,24 @@ class _Assessing:
                     problem=problem,
                     figure=figure,
                     closed=spec.division == "closed",
+                    best=figure is self._best(name, problem),
                     rate=self._value(figure, figure.rate),
                     relative=self._relative(figure, at_home),
                     efficiency=self._value(figure, figure.efficiency, known),
                     published=self._value(figure, figure.published, lacking),
                     of_published=self._value(figure, figure.of_published, lacking),
-                    application=self._value(figure, share),
+                    application=self._application(name, problem, figure),
                 )
             )
         return made
+
+    def _application(self, platform: str, problem: Problem, figure: Figure) -> Value:
+        """Its rate as a share of the fastest's there, of either division."""
+        timed = [f for f in self.tried.get((platform, problem), []) if f.rate]
+        fastest = max(timed, key=lambda f: f.rate.figure if f.rate else 0.0, default=None)
+        if figure.rate is None or fastest is None or fastest.rate is None:
+            return self._value(figure, None)
+        return self._noted(Value(figure=figure.rate.figure / fastest.rate.figure), figure, fastest)
 
     def _best(self, platform: str | None, problem: Problem) -> Figure | None:
         """The platform's fastest closed stack on that problem: by its newest software, and not by quick figures where
@@ -235,7 +244,7 @@ class _Assessing:
     def _closed(self, platform: str, problem: Problem) -> list[Figure]:
         """What was tried of it in the closed division; that another machine has no such device is no try."""
         found = [f for f in self.tried.get((platform, problem), []) if f.spec.division == "closed"]
-        return [f for f in found if _outcome(f) not in _UNKNOWN]
+        return [f for f in found if _present(f)]
 
     # Against home
 
@@ -254,8 +263,8 @@ class _Assessing:
 
     def _noted(self, seen: Value, *figures: Figure) -> Value:
         notes = [seen.note, *dict.fromkeys(mark for f in figures for mark in _marks(f))]
-        notes.append("one process" if seen.low is None else "")
-        digests = tuple(self.digests[id(r)] for f in figures for r in f.records)
+        notes.append("one process" if seen.low is None and any(len(f.records) == 1 for f in figures) else "")
+        digests = tuple(dict.fromkeys(self.digests[id(r)] for f in figures for r in f.records))
         return replace(seen, note=", ".join(n for n in notes if n), records=digests)
 
     def _no_home(self) -> str:
@@ -314,24 +323,25 @@ class _Assessing:
         made = []
         for problem in self._problems():
             for by, kind in (("measured ceiling", "efficiency"), ("published peak", "published"), ("application", "")):
-                values = {p.name: self._efficiency(p.name, problem, kind) for p in self.platforms}
+                # The set that was named, without home unless home was: what else stands in the report is not in PP.
+                chosen = [p.name for p in self.platforms if not self.named or self._asked(p.name, self.named)]
+                values = {name: self._efficiency(name, problem, kind) for name in chosen}
                 values |= dict.fromkeys(self.missing, NONE)
                 if all(v.figure is None for v in values.values()):
                     continue
-                made.append(_portable(problem, by, values, named=self.named))
+                made.append(_portable(problem, by, values, named=bool(self.named)))
         return made
 
     def _efficiency(self, platform: str, problem: Problem, kind: str) -> Value:
         """Of the fastest stack; 0 where the platform was tried and does not do it, None where that is not known."""
         tried, best = self._closed(platform, problem), self._best(platform, problem)
-        if tried and all(_outcome(f) in UNSUPPORTED for f in tried):
+        if _unsupported(tried):
             digests = tuple(self.digests[id(r)] for f in tried for r in f.records)
             return Value(figure=0.0, note=f"unsupported: {_outcome(tried[0])}", records=digests)
         if best is None or best.rate is None:
             return Value(why=_why(tried[0]) if tried else "not measured")
         if not kind:
-            rates = [f.rate.figure for f in self.tried[platform, problem] if f.rate]
-            return self._value(best, best.rate.figure / max(rates))
+            return self._application(platform, problem, best)
         lacking = "published peak is not known" if kind == "published" else "ceilings were not measured"
         return self._value(best, getattr(best, kind), f"the {lacking}")
 
@@ -339,7 +349,7 @@ class _Assessing:
 
     def _outcomes(self) -> Outcomes:
         cells: dict[str, dict[str, Cell]] = {}
-        for name, figure in self.placed:
+        for name, figure in self.current:
             if figure.spec.without or figure.spec.division != "closed":
                 continue
             digests = tuple(self.digests[id(r)] for r in figure.records)
@@ -348,8 +358,8 @@ class _Assessing:
             for feature, outcome in _features(figure):
                 seen = Cell(outcome=outcome, reason=figure.reason, records=digests)
                 row = cells.setdefault(feature + work, {})
-                # The better of several batches: that one of them does not fit, another cell says. But not of two
-                # answers, of which one is wrong.
+                # The better of several batches, but not of two answers, of which one is wrong. That all stacks fail
+                # at some batch, the verdict says.
                 if name not in row or _PLACE[outcome] < _PLACE[row[name].outcome]:
                     row[name] = seen
         cells |= {feature: {} for feature in UNTRIED if not any(known.startswith(feature) for known in cells)}
@@ -360,7 +370,7 @@ class _Assessing:
             return Value(why=self._no_home())
         home = self.home
         works = [row for row in cells.values() if home in row and row[home].outcome == "works"]
-        known = [row for row in works if platform in row and row[platform].outcome not in _UNKNOWN]
+        known = [row for row in works if platform in row and row[platform].outcome not in ABSENT]
         if not known:
             return NONE
         kept = [row for row in known if row[platform].outcome == "works"]
@@ -379,14 +389,14 @@ class _Assessing:
             if not figure.spec.without:
                 continue
             whole = replace(figure.spec, without=())
-            bases = [f for n, f in self.whole if n == name and _plain(f.spec) == _plain(whole)]
+            bases = [f for n, f in self.placed if n == name and _plain(f.spec) == _plain(whole)]
             # Several where software differs: the one that ran beside it.
-            sides = [side for f in bases if (side := lockin.compare(f, figure)) is not None]
-            side = max(sides, key=lambda one: one.rounds, default=None)
+            sides = [(side, f) for f in bases if (side := lockin.compare(f, figure)) is not None]
+            side, base = max(sides, key=lambda one: one[0].rounds, default=(None, figure))
             if side is None:
                 slower = self._value(figure, None, "" if figure.rate is None else "not measured beside the whole stack")
             else:
-                slower = self._noted(Value(figure=side.ratio, low=side.low, high=side.high), figure)
+                slower = self._noted(Value(figure=side.ratio, low=side.low, high=side.high), figure, base)
             made.append(
                 Share(
                     platform=name,
@@ -413,16 +423,20 @@ class _Assessing:
         worth: dict[str, Value] = {}
         for share in ablation:
             seen = share.slowdown
+            # A rung below the libraries is no library that helps.
+            if share.layer in RUNGS:
+                continue
             if seen.figure is not None and seen.figure > (worth.get(share.platform, NONE).figure or 0):
-                note = f"without {share.layer}: {share.problem.label}"
+                note = f"{taken(share.layer)}: {share.problem.label}"
                 worth[share.platform] = replace(seen, note=", ".join(n for n in (note, seen.note) if n))
         start: dict[str, Value] = {}
-        works = [(n, f) for n, f in self.whole if f.outcome in COUNTED]
+        works = [(n, f) for n, f in filter(_whole, self.current) if f.outcome in COUNTED]
         for name, figure in works:
-            cold = [t for r in figure.records if r.environment.get("cold_caches") and (t := r.times.get("total"))]
-            cold = [t for t in cold if _number(t)]
-            if cold and min(cold) < (start[name].figure or 0 if name in start else inf):
-                start[name] = _also(self._value(figure, float(min(cold))), f"{figure.spec.stack}, empty caches")
+            cold = cold_start(figure)
+            if cold is not None and cold.times["total"] < (start[name].figure or 0 if name in start else inf):
+                work = f"{_work(figure.spec)}, " if self.several else ""
+                note = f"{figure.spec.stack}, {work}empty caches"
+                start[name] = _also(self._value(figure, float(cold.times["total"])), note)
         bus = {s.platform: s.to_device for s in serving[::-1] if s.to_device.figure is not None}
         bus = {s.platform: s.to_device for s in serving} | bus
         rates: dict[str, Value] = {}
@@ -448,9 +462,7 @@ class _Assessing:
     def _numerics(self) -> list[Numerics]:
         made = []
         rows = {id(row.record): row for row in lockin.rows(self.records)}
-        for name, figure in self.placed:
-            if figure.spec.without or figure.spec.mode == "serve":
-                continue
+        for name, figure in filter(_whole, self.current):
             own = [rows[id(r)] for r in figure.records]
             gated = [row for row in own if row.parity is not None]
             worst = max(gated, key=lambda row: row.parity or 0, default=None)
@@ -461,11 +473,11 @@ class _Assessing:
                 Numerics(
                     platform=name,
                     stack=figure.spec.stack,
-                    mode=figure.spec.mode,
+                    problem=_problem(figure.spec),
                     gate=self._value(figure, worst.parity if worst else None, "the gate was not reached"),
                     logits=self._value(figure, logits, "the gate was not reached"),
                     loss=self._value(figure, loss, "no float64 reference of the same training"),
-                    worst=str(max(findings, key=_used)["what"]) if findings else "",
+                    worst=str(max(findings, key=lockin.share)["what"]) if findings else "",
                     repeats=self._repeats(figure),
                 )
             )
@@ -481,7 +493,8 @@ class _Assessing:
 
     def _serving(self) -> list[Serving]:
         made = []
-        for name, figure in self.placed:
+        self.most: dict[int, Value] = {}
+        for name, figure in self.current:
             if figure.spec.mode != "serve" or figure.spec.without:
                 continue
             seen = [r.serving for r in figure.records if r.serving] if figure.outcome in COUNTED else []
@@ -491,19 +504,25 @@ class _Assessing:
                 why = "too few samples" if seen and key in seen[0] else _why(figure)
                 return self._value(figure, stats.interval(known) if known else None, why)
 
-            sweep = seen[0].get("sweep", {}) if seen else {}
+            sweep = _sweep(s.get("sweep", {}) for s in seen)
             bus = seen[0].get("bus", {}) if seen else {}
-            memory = [float(m) for b in sweep.values() if _number(m := b.get("peak_memory"))]
+            memory = [float(m) for s in seen for b in s.get("sweep", {}).values() if _number(m := b.get("peak_memory"))]
+            self.most[id(figure)] = self._most(figure, seen, sweep)
             unshared = str(bus.get("reason") or _why(figure))
             ways = [float(w) if _number(w := bus.get(way)) else None for way in ("to_device", "to_host")]
             made.append(
                 Serving(
                     platform=name,
                     stack=figure.spec.stack,
+                    work=_work(figure.spec),
                     p50=middle("p50"),
                     p90=middle("p90"),
                     p99=middle("p99"),
-                    sweep=[(b, s, b / s) for b, s, _ in _sweep(sweep)],
+                    most=self.most[id(figure)],
+                    sweep=[
+                        (b, x.device.figure, b / x.device.figure, x.answer.figure if x.answer else None)
+                        for b, x in sweep
+                    ],
                     peak_memory=self._value(figure, max(memory, default=None), "the device does not tell"),
                     largest_batch=middle("largest_batch"),
                     to_device=self._value(figure, ways[0], unshared),
@@ -512,28 +531,44 @@ class _Assessing:
             )
         return made
 
+    def _most(self, figure: Figure, seen: Sequence[Mapping[str, Any]], sweep: Sequence[tuple[int, "_Batch"]]) -> Value:
+        singles = (next((float(s[k]) for k in ("p99", "p90", "p50") if _number(s.get(k))), 0.0) for s in seen)
+        single = max(singles, default=0.0)
+        if single > self.latency:
+            return self._value(
+                figure, None, f"a single image takes up to {single:.3g} s, the bound is {self.latency:g} s"
+            )
+        kept = [(b, x) for b, x in sweep if x.longest <= self.latency]
+        if not kept:
+            return self._value(figure, None, f"no batch was answered within {self.latency:g} s" if sweep else "")
+        batch, best = max(kept, key=lambda one: one[0] / (one[1].answer or one[1].device).figure)
+        seconds = best.answer or best.device
+        low, high = (batch / x if x else None for x in (seconds.high, seconds.low))
+        note = f"batch {batch}" + ("" if best.answer else ", pictures on the device already")
+        return self._noted(Value(figure=batch / seconds.figure, low=low, high=high, note=note), figure)
+
     def _costs(self) -> list[Cost]:
         made = []
-        modes = [f.spec.mode for _, f in self.placed for r in f.records if _energy(r) is not None]
+        modes = [f.spec.mode for _, f in self.current for r in f.records if _energy(r) is not None]
         # Joules of an inference beside those of a training step would say nothing: the mode that most have.
         metered = max(("train", "infer"), key=modes.count)
         for platform in self.platforms:
             price = self.prices.of(platform) if self.prices else None
             unpriced = "no prices were given" if self.prices is None else f"no price of {platform.name} was given"
-            own = [f for n, f in self.placed if n == platform.name and not f.spec.without]
+            own = self._tried(platform.name)
             for stack, work in dict.fromkeys((f.spec.stack, _work(f.spec)) for f in own):
                 of: dict[str, Figure] = {}
                 for f in own:
                     if (f.spec.stack, _work(f.spec)) == (stack, work) and f.outcome in COUNTED:
                         mode = f.spec.mode
                         of[mode] = max(of.get(mode, f), f, key=_telling)
-                joules, sensor = self._joules(of.get(metered))
+                joules, sensor = self._joules(of.get(metered), metered)
                 made.append(
                     Cost(
                         platform=platform.name,
                         stack=stack,
                         work=work,
-                        million=self._million(of.get("serve"), price, unpriced),
+                        million=self._million(self.most.get(id(of.get("serve")), NONE), price, unpriced),
                         training=self._training(of.get("train"), price, unpriced),
                         joules=joules,
                         sensor=sensor,
@@ -541,22 +576,14 @@ class _Assessing:
                 )
         return made
 
-    def _million(self, served: Figure | None, price: float | None, unpriced: str) -> Value:
-        if served is None or not served.records[0].serving:
-            return Value(why="serving was not measured")
-        held = served.records[0].serving
-        single = next((float(held[k]) for k in ("p99", "p90", "p50") if _number(held.get(k))), 0.0)
-        if single > self.latency:
-            return self._value(
-                served, None, f"a single image takes up to {single:.3g} s, the bound is {self.latency:g} s"
-            )
-        kept = [(b / s, b) for b, s, answer in _sweep(held.get("sweep", {})) if answer <= self.latency]
-        if not kept:
-            return self._value(served, None, f"no batch was answered within {self.latency:g} s")
+    def _million(self, served: Value, price: float | None, unpriced: str) -> Value:
+        if served.figure is None:
+            return served if served.records else replace(served, why="serving was not measured")
         if price is None:
-            return self._value(served, None, unpriced)
-        rate, batch = max(kept)
-        return self._noted(Value(figure=price / 3600 / rate * 1e6, note=f"batch {batch}"), served)
+            return Value(why=unpriced, records=served.records)
+        cost = price / 3600 * 1e6
+        low, high = (cost / x if x else None for x in (served.high, served.low))
+        return replace(served, figure=cost / served.figure, low=low, high=high)
 
     def _training(self, trained: Figure | None, price: float | None, unpriced: str) -> Value:
         if trained is None or trained.rate is None:
@@ -570,13 +597,19 @@ class _Assessing:
         note = f"batch {spec.batch}, {spec.classes} classes, {spec.image_size} pixels"
         return self._noted(Value(figure=images / rate.figure, low=low, high=high, note=note), trained)
 
-    def _joules(self, figure: Figure | None) -> tuple[Value, str]:
-        for record in figure.records if figure else ():
-            if figure and (seen := _energy(record)) is not None:
+    def _joules(self, figure: Figure | None, mode: str) -> tuple[Value, str]:
+        if figure is None:
+            return Value(why="training was not measured" if mode == "train" else "inference was not measured"), ""
+        for record in figure.records:
+            if (seen := _energy(record)) is not None:
                 energy = record.watch["energy"]
                 value = _also(self._value(figure, seen), f"{figure.spec.mode}, an image")
                 return value, f"{energy.get('sensor')} ({energy.get('class')})"
-        return Value(why="no sensor"), ""
+        told = [r.watch.get("energy") for r in figure.records]
+        reasons = [str(one["reason"]) for one in told if isinstance(one, dict) and one.get("reason")]
+        if figure.spec.quick:
+            reasons.append("not measured in quick records")
+        return Value(why=next(iter(reasons), "no sensor")), ""
 
     # The verdict
 
@@ -590,6 +623,12 @@ class _Assessing:
                 deciding.append((f"{mode}: no stack does it", self._value(failing, None)))
                 words.append("high")
                 continue
+            lost = self._lost(platform, mode)
+            if lost:
+                problem, figure = lost[0]
+                more = f" (nor {len(lost) - 1} more like it)" if len(lost) > 1 else ""
+                deciding.append((f"{problem.label}{more}: no stack does it", self._value(figure, None)))
+                words.append("moderate")
             shared = [a for a in self.against if a.platform == platform and a.problem.mode == mode and a.home]
             known = [a for a in shared if a.throughput.figure is not None]
             if not known:
@@ -597,7 +636,7 @@ class _Assessing:
                 words.append("not measured")
                 continue
             # The worst decides, so that no other problem can be measured besides until the answer is another.
-            worst = max(known, key=lambda a: (_WORDS.index(_reached(a)), -(a.efficiency.figure or 0)))
+            worst = max(known, key=lambda a: (max(map(_WORDS.index, _reached(a))), -(a.efficiency.figure or 0)))
             label = worst.problem.label
             label += f" (the worst of {len(known)})" if len(known) > 1 else ""
             deciding += [
@@ -606,7 +645,7 @@ class _Assessing:
                 (f"{label}: architectural efficiency as a multiple of home's", worst.efficiency),
                 (f"{label}: the same by published peaks", worst.published),
             ]
-            words.append(_reached(worst))
+            words += _reached(worst)
         for outcome in ("wrong", "dishonest clock"):
             bad = [f for f in self._tried(platform) if f.outcome == outcome and not self._bad_at_home(f)]
             if bad:
@@ -614,11 +653,23 @@ class _Assessing:
                 number = f"{len(bad)} stacks are" if len(bad) > 1 else "a stack is"
                 deciding.insert(0, (f"{number} {outcome}", self._value(bad[0], None)))
         word = max(words, key=_WORDS.index)
-        return Verdict(platform=platform, word=word, sentence=_SENTENCES[word], deciding=deciding)
+        sentence = _SENTENCES[word]
+        if word == "not measured" and "moderate" in words:
+            sentence = f"{_SENTENCES['moderate']} Whether it is worse cannot be told: something was not measured."
+        return Verdict(platform=platform, word=word, sentence=sentence, deciding=deciding)
+
+    def _lost(self, platform: str, mode: str) -> list[tuple[Problem, Figure]]:
+        """The problems that home does and on which all of the platform's stacks fail, with one of them."""
+        found = []
+        for problem in self._problems():
+            tried = self._closed(platform, problem)
+            if problem.mode == mode and self._best(self.home, problem) and _unsupported(tried):
+                found.append((problem, tried[0]))
+        return found
 
     def _tried(self, platform: str | None) -> list[Figure]:
         """Its closed stacks, nothing taken away, serving among them."""
-        return [f for n, f in self.placed if n == platform and not f.spec.without and f.spec.division == "closed"]
+        return [f for n, f in self.current if n == platform and not f.spec.without and f.spec.division == "closed"]
 
     def _bad_at_home(self, figure: Figure) -> bool:
         same = replace(_plain(figure.spec), backend="")
@@ -634,7 +685,7 @@ class _Assessing:
         """The word for what is retained: what was not tried there could be kept or lost, and must not matter."""
         seen = [row[platform].outcome if platform in row else "not measured" for row in works]
         least = sum(outcome == "works" for outcome in seen)
-        most = least + sum(outcome in _UNKNOWN for outcome in seen)
+        most = least + sum(outcome in ABSENT for outcome in seen)
         words = {_banded(share / len(works), RETAINED) for share in (least, most)} if works else set()
         return words.pop() if len(words) == 1 else "not measured"
 
@@ -642,8 +693,8 @@ class _Assessing:
         """One of its stacks, where home does that mode and all of them that were tried fail."""
         if not any(f.rate for f in self._tried(self.home) if f.spec.mode == mode):
             return None
-        tried = [f for f in self._tried(platform) if f.spec.mode == mode and _outcome(f) not in _UNKNOWN]
-        return tried[0] if tried and all(_outcome(f) in UNSUPPORTED for f in tried) else None
+        tried = [f for f in self._tried(platform) if f.spec.mode == mode and _present(f)]
+        return tried[0] if _unsupported(tried) else None
 
 
 _WORDS = ("low", "moderate", "not measured", "high")
@@ -654,21 +705,17 @@ _SENTENCES = {
     "high": "Much of what works at home is missing or wrong here, or the software leaves much of its chip unused.",
     "not measured": "Nothing that is known speaks against it, but something that decides was not measured.",
 }
-_UNKNOWN = ("not available", "not measured")
 _OUTCOMES = (
     *("wrong", "dishonest clock", "works", "partial", "unsteady"),
-    *("out of memory", "timeout", "failed", MISSING, *_UNKNOWN),
+    *("out of memory", "timeout", "failed", MISSING, *ABSENT),
 )
 _PLACE = {outcome: place for place, outcome in enumerate(_OUTCOMES)}
 """Which of several outcomes stands for a feature: the first of these."""
 
 
-def _reached(against: Against) -> str:
-    """The word for the efficiency, by both denominators: a poor matrix library would look good by the measured one."""
-    words = [_ranged(against.efficiency, REACHED)]
-    if against.published.figure is not None:
-        words.append(_ranged(against.published, REACHED))
-    return max(words, key=_WORDS.index)
+def _reached(against: Against) -> list[str]:
+    """The words for the efficiency, by both denominators: a poor matrix library would look good by the measured one."""
+    return [_ranged(value, REACHED) for value in (against.efficiency, against.published)]
 
 
 def _ranged(value: Value, bounds: tuple[float, float]) -> str:
@@ -714,7 +761,39 @@ def _device(figure: Figure) -> str:
 
 
 def _present(figure: Figure) -> bool:
-    return _outcome(figure) not in _UNKNOWN
+    return _outcome(figure) not in ABSENT
+
+
+def _unsupported(tried: Sequence[Figure]) -> bool:
+    """Whether it was tried, and none of them did it."""
+    return bool(tried) and all(_outcome(f) in UNSUPPORTED for f in tried)
+
+
+def _whole(placed: tuple[str, Figure]) -> bool:
+    """Of a stack with nothing taken away, in training or inference."""
+    return not placed[1].spec.without and placed[1].spec.mode != "serve"
+
+
+def _current(placed: Sequence[tuple[str, Figure]]) -> list[tuple[str, Figure]]:
+    """Without what the same stack did on the same work by older software: neither its speed nor its failures count."""
+    newest: dict[tuple[str, Spec], Figure] = {}
+    for name, figure in placed:
+        at = name, _plain(figure.spec)
+        # What was not tried, or died before it told of its software, takes nobody's place.
+        if _present(figure) and _software(figure.records) and (at not in newest or _date(figure) > _date(newest[at])):
+            newest[at] = figure
+
+    def superseded(name: str, figure: Figure) -> bool:
+        last = newest.get((name, _plain(figure.spec)), figure)
+        return _software(figure.records) != _software(last.records) and _date(figure) < _date(last)
+
+    return [(n, f) for n, f in placed if not superseded(n, f)]
+
+
+def cold_start(figure: Figure) -> Record | None:
+    """The process that was quickest to its first result, caches of compiled code being empty; None where none was."""
+    known = [r for r in figure.records if r.environment.get("cold_caches") and _number(r.times.get("total"))]
+    return min(known, key=lambda r: r.times["total"], default=None)
 
 
 def _software(records: Iterable[Record]) -> dict[str, str]:
@@ -830,18 +909,29 @@ def _why(figure: Figure) -> str:
     return f"{figure.outcome}: {figure.reason}" if figure.reason else figure.outcome
 
 
-def _used(finding: Mapping[str, Any]) -> float:
-    return float(finding["error"]) / float(finding["allowed"]) if finding["allowed"] else 0.0
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Seconds of a batch over processes: on the `device`, pictures there already; of a whole `answer`, where that was
+    measured; and the `longest` of all answers."""
+
+    device: stats.Interval
+    answer: stats.Interval | None
+    longest: float
 
 
-def _sweep(sweep: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """Each batch, its seconds on the device, and the longest that an answer to it took, pictures and logits included
-    where that was measured."""
+def _sweep(sweeps: Iterable[Mapping[str, Any]]) -> list[tuple[int, _Batch]]:
+    """The batches that every process did."""
+    every = list(sweeps)
     found = []
-    for batch, timed in sorted(sweep.items(), key=lambda item: int(item[0])):
-        seconds = median(timed["seconds"]) / timed["steps"]
-        found.append((int(batch), seconds, max([seconds, *timed.get("latencies", ())])))
-    return [one for one in found if _number(one[0]) and _number(one[1])]
+    for batch in sorted(map(int, set.intersection(*map(set, every)))) if every else ():
+        timed = [s[str(batch)] for s in every]
+        device = [median(t["seconds"]) / t["steps"] for t in timed]
+        answers = [t["latencies"] for t in timed if t.get("latencies")]
+        if batch > 0 and all(map(_number, device)):
+            whole = stats.interval([median(a) for a in answers]) if len(answers) == len(timed) else None
+            longest = max([*device, *(x for a in answers for x in a)])
+            found.append((batch, _Batch(device=stats.interval(device), answer=whole, longest=longest)))
+    return found
 
 
 def _quotient(a: stats.Interval, b: stats.Interval) -> Value:
@@ -852,7 +942,8 @@ def _quotient(a: stats.Interval, b: stats.Interval) -> Value:
     ratio = a.figure / b.figure
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return Value(figure=ratio, note="not side by side")
-    half = hypot(log(a.high / a.low) / 2, log(b.high / b.low) / 2)
+    # As far as there are floats.
+    half = min(hypot(log(a.high / a.low) / 2, log(b.high / b.low) / 2), 600.0)
     return Value(figure=ratio, low=ratio * exp(-half), high=ratio * exp(half), note="not side by side")
 
 
@@ -903,5 +994,5 @@ def _harmonic(values: Mapping[str, Value], mean: float | None) -> Value:
         return Value(figure=mean, note=f"{of}; no interval", records=digests)
     total = sum(1 / (v.figure or 1) for v in values.values())
     halves = [log((v.high or 1) / (v.low or 1)) / 2 / (v.figure or 1) / total for v in values.values()]
-    half = hypot(*halves)
+    half = min(hypot(*halves), 600.0)
     return Value(figure=mean, low=mean * exp(-half), high=mean * exp(half), note=of, records=digests)

@@ -36,7 +36,10 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """A backend on a device. `name` is the backend's, with the device's where the backend was measured on several."""
+    """A backend on a device. `name` is the backend's, with the device's where the backend was measured on several.
+
+    `absent`: why there is nothing of it, where its device was not there; that says nothing of its software.
+    """
 
     name: str
     backend: str
@@ -45,6 +48,7 @@ class Platform:
     published: DeviceData | None
     software: Mapping[str, str]
     dates: tuple[str, ...]
+    absent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +75,15 @@ class Entry:
     `rate` is images/s. `relative` is the rate as a multiple of home's best closed stack on this problem. `efficiency`
     is the floor by the ceilings measured in the same process over the time taken, `published` the floor by the
     device's published peaks over it, and `of_published` the measured matrix product over the published peak.
-    `application` is the rate as a share of the best stack's on the same platform and problem.
+    `application` is the rate as a share of the best stack's on the same platform and problem. `best`: whether it is the
+    closed stack that stands for the platform on the problem.
     """
 
     platform: str
     problem: Problem
     figure: Figure
     closed: bool
+    best: bool
     rate: Value
     relative: Value
     efficiency: Value
@@ -162,7 +168,7 @@ class Numerics:
 
     platform: str
     stack: str
-    mode: str
+    problem: Problem
     gate: Value
     logits: Value
     loss: Value
@@ -172,15 +178,21 @@ class Numerics:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a serving user asks: latencies in seconds at batch 1, images/s by batch, bytes, bytes/s."""
+    """What a serving user asks: latencies in seconds at batch 1, images/s by batch, bytes, bytes/s.
+
+    `most`: the most images/s of the batches that are answered within the latency bound, a whole answer after the other:
+    pictures to the device, logits back, and nothing of that at once. Costs are by it.
+    """
 
     platform: str
     stack: str
+    work: str
     p50: Value
     p90: Value
     p99: Value
-    sweep: Sequence[tuple[int, float, float]]
-    """Batch, seconds a batch, images/s."""
+    most: Value
+    sweep: Sequence[tuple[int, float, float, float | None]]
+    """Batch; seconds a batch, pictures on the device already, and images/s by that; seconds of a whole answer."""
     peak_memory: Value
     largest_batch: Value
     to_device: Value
@@ -191,8 +203,7 @@ class Serving:
 class Cost:
     """Money, in the prices' currency, and joules.
 
-    `million`: a million inferences at the batch of most throughput whose answer comes within the latency bound, as a
-    single image's must.
+    `million`: a million inferences, by `Serving.most`.
     `training`: 90 epochs of ImageNet's 1,281,167 images at the rate of training that was measured.
     """
 

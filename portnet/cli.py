@@ -191,7 +191,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
         for renderable in table.measured(made):
             console.print(renderable)
         for name, reason in plan.left_out:
-            console.print(f"{_plain(name)}: left out. {_plain(reason)}", soft_wrap=True, highlight=False)
+            console.print(f"{_plain(name)}: left out. {_plain(str(reason))}", soft_wrap=True, highlight=False)
         console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
     if any(r.outcome not in ("works", "partial", "not measured") for r in made):
         sys.exit(1)
@@ -292,14 +292,23 @@ def compare(
     """
     from portnet import lockin, measurement
     from portnet import plan as planning
-    from portnet.record import Spec
+    from portnet.record import Record, Spec
     from portnet.report import page, table
 
     chosen = [n.strip() for n in names.split(",")] if names else []
     plan = planning.quick(
         chosen, precision=precision, preset=preset, batch=batch, curve_steps=steps, seed=seed, model=model
     )
-    absent = [measurement.measure(Spec(backend=name, precision=precision, quick=True)) for name, _ in plan.left_out]
+    absent = [
+        Record(
+            spec=Spec(backend=name, precision=precision, quick=True),
+            outcome="not available",
+            reason=error.reason,
+            remedy=error.remedy,
+            environment=measurement.environment(),
+        )
+        for name, error in plan.left_out
+    ]
     for record in absent:
         record.write(out)
     made = absent + _carry_out(plan, quick=True, rounds=1, budget=None, timeout=timeout, out=out)
@@ -481,14 +490,6 @@ def export(path: Path, weights: Path | None, preset: str, backend: str, no_verif
 
 def _given(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v is not None}
-
-
-def _available(backend: Any) -> bool:
-    try:
-        plugins.probe(backend)
-    except Unavailable:
-        return False
-    return True
 
 
 def _plain(text: str) -> str:

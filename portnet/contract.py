@@ -252,9 +252,12 @@ class Backend(ABC):
         """
         return {}
 
-    def check(self, settings: Settings) -> Device:
-        """The device, if it can be had and does what `settings` ask; a first line for `open`."""
-        device = self.probe()
+    def check(self, settings: Settings, device: Device | None = None) -> Device:
+        """The device, if it can be had and does what `settings` ask; a first line for `open`.
+
+        `device`: what the probe found, where that is known already.
+        """
+        device = device or self.probe()
         if settings.precision not in device.precisions:
             raise Unsupported(
                 f"{self.name} does not compute in {settings.precision!r} on {device.name}; "

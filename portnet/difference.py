@@ -266,8 +266,7 @@ def _changes(old: Figure, new: Figure, rows: Mapping[int, Row], host: float | No
         return timed["batch"] * timed["steps"] / median(timed["seconds"]) if timed else None
 
     for found in change("speed", "images/s", "higher", speed):
-        rounds = all({"series", "number"} <= r.round.keys() for f in (old, new) for r in f.records if r.round)
-        beside = lockin.compare(old, new) if found.ratio and rounds else None
+        beside = lockin.compare(old, new) if found.ratio else None
         yield replace(found, ratio=_inverse(beside)) if beside else found
     for percent in ("p50", "p90", "p99"):
         yield from change(f"{percent} latency at batch 1", "s", "lower", partial(_served, name=percent))

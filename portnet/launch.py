@@ -18,12 +18,13 @@ from itertools import combinations
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 
 from portnet import measurement, plugins, record, stats, workload
-from portnet.errors import PortNetError
+from portnet.contract import Backend, Device
+from portnet.errors import PortNetError, Unavailable
 from portnet.record import Record, Spec
 from portnet.workload import Say
 
@@ -33,6 +34,8 @@ again. Set for every stack alike, recorded, and without meaning outside Linux; a
 
 SETTLE = 0.015
 """Seconds between two processes' blocks: thread pools spin a while before they sleep."""
+PROBING = 60.0
+"""Seconds in which the probes of all backends must have answered."""
 RERUNS = 2
 """How often a round is run again whose probe differed between its sides; after that it stands, and says so."""
 
@@ -155,10 +158,9 @@ class Worker:
         self._errors.seek(0)
         end = " ".join(self._errors.read().split())[-500:] or "no message"
         code = self._process.returncode
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
         if code == -signal.SIGKILL and _memory_kills() > self._kills:
             return replace(lost, outcome="out of memory", reason=f"the system killed a process for memory: {end}")
-        return replace(lost, reason=f"the process ended with {how} and left no record: {end}")
+        return replace(lost, reason=f"the process ended with {_status(code)} and left no record: {end}")
 
     def _kill(self) -> None:
         try:
@@ -168,6 +170,36 @@ class Worker:
                 self._process.kill()
         except (ProcessLookupError, PermissionError):  # gone already; macOS says it the second way
             pass
+
+
+def probes(backends: Sequence[Backend], *, timeout: float = PROBING) -> dict[str, Device | Unavailable]:
+    """What each of those backends finds here, or why nothing, by its name.
+
+    Asked in a process of its own: a driver that hangs or crashes takes nobody else along, and while others measure no
+    device is held by this one. The backend that such a process dies of is not available; the rest are asked again.
+    """
+    found: dict[str, Device | Unavailable] = {}
+    waiting = [backend.name for backend in backends]
+    while waiting:
+        command = [sys.executable, "-m", "portnet.launch", "--probe", *waiting]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, start_new_session=True
+            )
+            told, end = done.stdout, f"ended its process with {_status(done.returncode)}"
+        except subprocess.TimeoutExpired as late:
+            told, end = late.stdout or b"", f"gave no answer within {timeout:.0f} s"
+        for line in told.splitlines():
+            answer = json.loads(line)
+            device, name = answer["device"], answer["name"]
+            if device is None:
+                found[name] = Unavailable(answer["reason"], answer["remedy"])
+            else:
+                found[name] = Device(**{**device, "precisions": tuple(device["precisions"])})
+        waiting = [name for name in waiting if name not in found]
+        if waiting:
+            found[waiting.pop(0)] = Unavailable(f"its probe {end}", "see whether its driver and its software work")
+    return found
 
 
 def run(spec: Spec, *, timeout: float = 600.0, say: Say = lambda _: None) -> Record:
@@ -189,7 +221,8 @@ def series(
     Every round starts a fresh process for each spec. They pass their gates one after the other, and then take turns
     block by block, forwards and backwards (`backwards`), with a short probe of the host before each block. Where the
     probe's medians on two sides differ by more than 10%, the round is run again whole, blind to what was measured;
-    the records of the first try stay, marked as rejected. A spec that did not come to be timed is not started again.
+    the records of the first try stay, marked as rejected. A spec that did not come to be timed is not started again,
+    unless it was only that the machine was too crowded to tell.
     No round begins after `deadline` (of `time.monotonic`), or that would by the last one's length end after it.
     """
     name = uuid.uuid4().hex
@@ -207,7 +240,7 @@ def series(
         yield [
             replace(one, round={**one.round, "rejected": rejected and timed, "uneven": uneven}) for one, timed in done
         ]
-        still = [one.spec for one, timed in done if timed]
+        still = [one.spec for one, timed in done if timed or one.outcome == "not measured"]
         alive = [spec for spec in alive if spec in still]
         number, reruns = (number, reruns + 1) if rejected else (number + 1, 0)
         longest = max(longest, time.monotonic() - began)
@@ -299,10 +332,30 @@ def _memory_kills() -> int:
         return 0
 
 
-def _main(spec: str, folder: str, detail: str) -> None:
-    # What libraries print must not be taken for an answer.
+def _status(code: int) -> str:
+    return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
+
+
+def _answers() -> TextIO:
+    """Where this process answers. What libraries print goes elsewhere, lest it be taken for an answer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    return answers
+
+
+def _probe(*names: str) -> None:
+    answers = _answers()
+    for name in names:
+        told: dict[str, Any] = {"name": name, "device": None}
+        try:
+            told["device"] = asdict(plugins.probe(plugins.backends()[name]))
+        except Unavailable as error:
+            told |= {"reason": error.reason, "remedy": error.remedy}
+        print(json.dumps(told), file=answers)
+
+
+def _main(spec: str, folder: str, detail: str) -> None:
+    answers = _answers()
     commands: Queue[dict[str, Any]] = Queue()
     Thread(target=_listen, args=(commands,), daemon=True).start()
     measured = measurement.Measurement(
@@ -329,4 +382,7 @@ def _listen(commands: "Queue[dict[str, Any]]") -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if sys.argv[1] == "--probe":
+        _probe(*sys.argv[2:])
+    else:
+        _main(*sys.argv[1:])

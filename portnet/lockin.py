@@ -99,12 +99,12 @@ def spread(records: Sequence[Record]) -> float | None:
 class Figure:
     """What the processes of one stack, in one mode, on one piece of work and one device came to.
 
-    `records`: the processes, without those of rejected rounds, of which there were `rejected`. `outcome`: of all of
-    them. `rate`: images per second, with its interval over processes. `floor`: seconds a step that the device cannot
-    go below by the ceilings measured in the same process, with nothing of the vendor's software taken away; over the
-    time a step took, it is the architectural `efficiency`. `published`: the same by the peaks that the device's vendor
-    publishes. `of_published`: the share of the published dense peak that the measured matrix product reached. None is
-    what was not measured, is not known, or is void.
+    `records`: the processes; those of rejected rounds, of which there are `rejected` more, are not among them unless
+    there are no others. `outcome`: of all of them. `rate`: images per second, with its interval over processes.
+    `floor`: seconds a step that the device cannot go below by the ceilings measured in the same process, with nothing
+    of the vendor's software taken away; over the time a step took, it is the architectural `efficiency`. `published`:
+    the same by the peaks that the device's vendor publishes. `of_published`: the share of the published dense peak that
+    the measured matrix product reached. None is what was not measured, is not known, or is void.
     """
 
     records: tuple[Record, ...]
@@ -161,7 +161,7 @@ def _figure(group: Sequence[Record]) -> Figure:
     if not kept:
         return Figure(
             records=tuple(group),
-            rejected=len(group),
+            rejected=0,
             outcome="not measured",
             reason="every round was rejected, for the host's speed had changed",
             rate=None,
@@ -176,7 +176,8 @@ def _figure(group: Sequence[Record]) -> Figure:
     layers = next((r.layers for r in kept if r.layers), {})
     floors = [floor(layers, best(r.ceilings)) for r in timed]
     shares = [f / s for f, s in zip(floors, seconds, strict=True) if f is not None]
-    first = kept[0]
+    # One whose process was lost knows of no device.
+    first = next((r for r in kept if r.device), kept[0])
     device = devices.find(first.device.get("name") or "", first.device.get("memory"))
     peak = device.peak(first.effective.get("precision", first.spec.precision)) if device else None
     rates = [f for r in timed if (f := best(r.ceilings).get("flops"))]
@@ -256,7 +257,7 @@ def compare(a: Figure, b: Figure) -> stats.Comparison | None:
         return {
             (r.round["series"], r.round["number"]): [s / r.samples[mode]["steps"] for s in r.samples[mode]["seconds"]]
             for r in figure.records
-            if r.round and r.samples.get(mode)
+            if {"series", "number"} <= r.round.keys() and r.samples.get(mode)
         }
 
     one, other = rounds(a), rounds(b)
@@ -349,7 +350,7 @@ def _same_training(one: Record, other: Record) -> bool:
     return same and one.weights == other.weights != ""
 
 
-def _share(finding: Mapping[str, Any]) -> float:
+def share(finding: Mapping[str, Any]) -> float:
     """A tensor's error as a share of its allowance, as the gate itself counts it."""
     error, allowed = float(finding["error"]), float(finding["allowed"])
     if not error:
@@ -364,6 +365,6 @@ def _row(record: Record, records: Sequence[Record]) -> Row:
         reference=_reference(record, records),
         train=throughput(record, "train"),
         infer=throughput(record, "infer"),
-        parity=max(map(_share, findings), default=None),
+        parity=max(map(share, findings), default=None),
         logits=max((f["error"] for f in findings if f["what"].startswith("infer()")), default=None),
     )

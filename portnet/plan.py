@@ -26,7 +26,7 @@ class Plan:
     """Groups of specs, each measured side by side, most telling group first; and why others were left out."""
 
     groups: tuple[tuple[Spec, ...], ...]
-    left_out: tuple[tuple[str, str], ...] = field(default=())
+    left_out: tuple[tuple[str, Unavailable], ...] = field(default=())
 
 
 def measure(
@@ -84,12 +84,11 @@ def everything(
     registry = plugins.backends()
     chosen = [registry[name] for name in names] or sorted(registry.values(), key=lambda b: -b.priority)
     ranked: list[tuple[int, int, dict[str, Any]]] = []
-    left_out = []
+    found = launch.probes(chosen)
+    left_out = [(name, device) for name, device in found.items() if isinstance(device, Unavailable)]
     for place, backend in enumerate(chosen):
-        try:
-            device = plugins.probe(backend)
-        except Unavailable as error:
-            left_out.append((backend.name, str(error)))
+        device = found[backend.name]
+        if isinstance(device, Unavailable):
             continue
         ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in _stacks(backend, device)]
     stacks = [f for _, _, f in sorted(ranked, key=lambda r: r[:2])]
@@ -123,7 +122,7 @@ def ladder(stack: str, *, mode: str, batch: int = 16, layers: Sequence[str] = ()
     left_out = []
     for name in layers or known:
         if known[name].missing:
-            left_out.append((name, known[name].missing))
+            left_out.append((name, Unavailable(known[name].missing, "")))
         else:
             specs.append(replace(whole, without=(name,)))
     # Few enough at a time, the whole stack among each.
@@ -135,13 +134,12 @@ def ladder(stack: str, *, mode: str, batch: int = 16, layers: Sequence[str] = ()
 def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: Any) -> Plan:
     """One round of few blocks of every backend's plainest stacks: what `portnet compare` does."""
     registry = plugins.backends()
+    chosen = [registry[name] for name in names] or list(registry.values())
+    found = launch.probes(chosen)
+    left_out = [(name, device) for name, device in found.items() if isinstance(device, Unavailable)]
     specs: list[Spec] = []
-    left_out = []
-    for backend in [registry[name] for name in names] or registry.values():
-        try:
-            plugins.probe(backend)
-        except Unavailable as error:
-            left_out.append((backend.name, str(error)))
+    for backend in chosen:
+        if isinstance(found[backend.name], Unavailable):
             continue
         own = "float64" if parity.is_oracle(backend) else precision
         specs += [
@@ -230,7 +228,7 @@ def _stacks(backend: Backend, device: Device) -> Iterator[tuple[int, dict[str, A
                 continue
             plain = {"backend": backend.name, "engine": engine, "precision": precision}
             with suppress(PortNetError):
-                backend.check(Settings(engine=engine, precision=precision))
+                backend.check(Settings(engine=engine, precision=precision), device)
                 yield ranks.get((engine, precision), 4), plain
                 if engine == "eager" and "stock" in backend.formulations and precision != "float16":
                     yield 3, {**plain, "formulation": "stock"}

@@ -38,6 +38,9 @@ OUTCOMES = (
 DIVISIONS = ("closed", "open")
 """MLPerf's words. ``closed``: the same code on every vendor's hardware; ``open``: tuned for one."""
 
+RUNGS = ("unfold", "direct")
+"""Of `Spec.without`: what is left where the library is taken away, PortNet's own convolutions."""
+
 MODES = ("train", "infer", "serve")
 """``serve`` asks what a serving user does: latency at batch 1, a sweep over batches, memory, the bus."""
 
@@ -84,8 +87,12 @@ class Spec:
         name = f"{self.backend}/{self.engine}/{self.precision}"
         name += "/channels-last" if self.channels_last else ""
         name += "" if self.formulation == "portable" else f" ({self.formulation})"
-        # A rung below the libraries is what it comes down to, and not what is missing.
-        return name + "".join(f" {'as' if x in ('unfold', 'direct') else 'without'} {x}" for x in self.without)
+        return name + "".join(f" {taken(layer)}" for layer in self.without)
+
+
+def taken(layer: str) -> str:
+    """Which layer is missing; of a rung below the libraries, what it comes down to."""
+    return f"as {layer}" if layer in RUNGS else f"without {layer}"
 
 
 @dataclass(frozen=True, kw_only=True)

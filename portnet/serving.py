@@ -41,8 +41,8 @@ def serve(
 ) -> dict[str, Any]:
     """`Record.serving`. Closes `session`, which served one image at a time, before larger batches are tried.
 
-    `unified`: the device computes in the host's memory. `limited`: how much memory it has is known, so that the
-    largest batch can be looked for. Raises `Wrong` where a batch is not answered as the network answers it.
+    `unified`: the device computes in the host's memory. `limited`: how much memory it has is known. The largest batch
+    is looked for where it has its own. Raises `Wrong` where a batch is not answered as the network answers it.
     """
     one = next(work.batches(1))[0]
     say("latency at batch 1")
@@ -66,7 +66,7 @@ def serve(
                 raise
             found["stopped"] = f"batch {batch} is out of memory"
             break
-    if limited:
+    if limited and not unified:
 
         def fits(batch: int) -> bool:
             say(f"does batch {batch} fit")

@@ -137,8 +137,9 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Comparison:
     if len(here) > 1 and len(there) > 1:
         shares = [float(side.var(ddof=1)) / len(side) for side in (here, there)]
         error = sum(shares)
-        half = 0.0
-        if error > 0:
+        # Equal values are equal: their logarithms' mean is one of them only to within rounding.
+        half = 1e-12
+        if error > half**2:
             freedom = error**2 / sum(s**2 / (len(side) - 1) for s, side in zip(shares, (here, there), strict=True))
             half = _student(freedom) * sqrt(error)
         low, high = _exp(centre - half), _exp(centre + half)

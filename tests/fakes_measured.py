@@ -1,6 +1,6 @@
 """Fake backends that try to fool the harness, each in one way. Named as fakes; none is a device.
 
-Importable as a plug-in, so that measured processes find them too: see `plugin_folder` in conftest.
+Importable as a plug-in, so that measured processes find them too: see `plugin` in test_launch.py.
 """
 
 import os
@@ -170,6 +170,22 @@ class FakeDevice(Backend):
         return Ceilings(flops=self.flops, bandwidth=1e11, samples={}) if self.flops else None
 
 
+class FakeProbe(FakeDevice):
+    """Its driver hangs, crashes or complains when it is asked for the device, and prints what nobody asked for."""
+
+    def __init__(self, name, probe):
+        super().__init__(name)
+        self.asked = probe
+
+    def probe(self):
+        print('{"name": "fake-honest", "device": null}')
+        return self.asked()
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 FAKES = {
     "fake-honest": FakeDevice("fake-honest"),
     "fake-no-synchronize": FakeDevice("fake-no-synchronize", FakeNoSynchronize),
@@ -188,6 +204,9 @@ FAKES = {
     "fake-killed": FakeDevice("fake-killed", FakeKilled),
     "fake-out-of-memory": FakeDevice("fake-out-of-memory", FakeOutOfMemory),
     "fake-broken": FakeDevice("fake-broken", FakeBroken),
+    "fake-probe-hangs": FakeProbe("fake-probe-hangs", lambda: time.sleep(3600)),
+    "fake-probe-crashes": FakeProbe("fake-probe-crashes", crash),
+    "fake-probe-raises": FakeProbe("fake-probe-raises", lambda: 1 / 0),
 }
 
 

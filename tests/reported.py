@@ -63,7 +63,8 @@ def losses(backend: str) -> list[float]:
 
 @cache
 def assessed(**more: Any) -> Assessment:
-    return assess(four_vendors(), platforms=PLATFORMS, prices=PRICES, divergence=DIVERGENCE, **more)
+    with simulated.published():
+        return assess(four_vendors(), platforms=PLATFORMS, prices=PRICES, divergence=DIVERGENCE, **more)
 
 
 def without_home() -> Assessment:

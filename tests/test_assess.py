@@ -15,7 +15,14 @@ from portnet.record import Record, read
 
 PLATFORMS = ("cuda", "rocm", "mps", "xpu", "tpu")
 MADE = simulated.four_vendors()
-SEEN = assess(MADE, platforms=PLATFORMS)
+with simulated.published():
+    SEEN = assess(MADE, platforms=PLATFORMS)
+
+
+@pytest.fixture(autouse=True)
+def published():
+    with simulated.published():
+        yield
 
 
 def against(seen, platform, mode, precision="bfloat16"):
@@ -96,6 +103,7 @@ def test_the_planted_fallback_is_found():
 
 def test_the_planted_wrong_stack_is_found_and_its_speed_is_void():
     (entry,) = [e for e in SEEN.entries if e.figure.outcome == "wrong"]
+    assert not entry.best
     assert (entry.platform, entry.rate.figure, entry.efficiency.figure) == ("xpu", None, None)
     assert entry.rate.why.startswith("wrong: norm1")
     assert verdict(SEEN, "xpu").word == "high"
@@ -276,6 +284,14 @@ def test_energy_is_told_with_its_sensors_class():
     assert costs["cuda/eager/bfloat16"].joules.figure == pytest.approx(0.01)
     assert costs["cuda/eager/bfloat16"].sensor == "NVML (counter)"
     assert costs["rocm/eager/bfloat16"].joules.why == "no sensor"
+    # Not there, and why; or there, in the other mode.
+    without = [
+        replace(r, watch={**r.watch, "energy": {"reason": "Zeus is not installed"}}) if r.spec.backend == "rocm" else r
+        for r in made
+    ]
+    costs = {c.stack: c for c in assess(without).costs}
+    assert costs["rocm/eager/bfloat16"].joules.why == "Zeus is not installed"
+    assert costs["cuda/eager/float32"].joules.why == "training was not measured"
 
 
 def test_the_application_layer_is_by_the_lines_that_ran():
@@ -313,7 +329,7 @@ def test_whether_runs_repeat_bit_for_bit_is_told_and_counts_as_a_feature():
         return replace(r, gates={**r.gates, "repeats": gate}) if gate else r
 
     seen = assess([with_gate(r) for r in MADE])
-    rows = {n.platform: n.repeats for n in seen.numerics if n.mode == "train"}
+    rows = {n.platform: n.repeats for n in seen.numerics if n.problem.mode == "train"}
     assert (rows["cuda"].figure, rows["rocm"].figure, rows["mps"].figure) == (1, 0, None)
     assert rows["rocm"].note == "2 tensors differ, conv1.weight among them"
     row = seen.outcomes.cells["train: runs repeat bit for bit"]
@@ -350,8 +366,144 @@ def test_a_poor_matrix_library_is_no_low_lock_in():
     assert verdict(seen, "rocm").word == "high"
 
 
+def test_without_a_published_peak_no_lock_in_is_low():
+    """A matrix library that reaches a tenth of its chip looks as good as any by its own ceilings."""
+    made = [
+        replace(r, device={**r.device, "name": "Simulated, unpublished"}) if mine(r) else r
+        for r in rocm(simulated.SHARE)
+    ]
+    seen = verdict(assess(made), "rocm")
+    assert seen.word == "not measured"
+    assert [v.why for what, v in seen.deciding if "published" in what] == ["rocm: its published peak is not known"] * 2
+    # What is known speaks all the same.
+    assert verdict(assess([slowed(r, 1.5) if mine(r) else r for r in made]), "rocm").sentence.startswith("Some of what")
+    assert verdict(assess([slowed(r, 4.0) if mine(r) else r for r in made]), "rocm").word == "high"
+
+
+def test_a_batch_at_which_all_fails_is_lost():
+    """Though the same stack works at another: no cell of the outcomes shows it."""
+    big = [r for b in ("cuda", "rocm") for r in simulated.records(simulated.spec(b, batch=512))]
+    well = [slowed(r, simulated.SHARE) if mine(r) else r for r in big]
+    assert verdict(assess([*rocm(simulated.SHARE), *well]), "rocm").word == "low"
+    broken = simulated.failed(simulated.spec("rocm", batch=512), "failed", "illegal memory access")
+    seen = assess([*rocm(simulated.SHARE), *(r for r in big if not mine(r)), *broken])
+    assert verdict(seen, "rocm").word == "moderate"
+    assert ("infer, bfloat16, batch 512: no stack does it", "failed: illegal memory access") in [
+        (what, v.why) for what, v in verdict(seen, "rocm").deciding
+    ]
+
+
+def later(records, **more):
+    """The same by newer software, in a series of its own."""
+    return [
+        replace(
+            r,
+            device={**r.device, "versions": {"torch": "new"}},
+            environment={**r.environment, "date": "2026-06-02T03:04:05+00:00"},
+            round={**r.round, "series": f"new {r.round['series']}"},
+            **more,
+        )
+        for r in records
+    ]
+
+
+def test_what_newer_software_did_takes_the_place_of_what_older_did():
+    made = rocm(simulated.SHARE)
+    ours = [r for r in made if mine(r) and r.spec.mode != "serve" and r.spec.precision == "bfloat16"]
+    # It broke: what the older did before is no comfort.
+    broken = later(ours, outcome="failed", reason="it broke", samples={})
+    seen = assess([*made, *broken])
+    assert verdict(seen, "rocm").word == "high"
+    assert seen.outcomes.cells["train: eager, bfloat16"]["rocm"].outcome == "failed"
+    # It was mended: what was wrong before is no reproach. Both stand in the table of stacks.
+    wrong = [replace(r, outcome="wrong", reason="x", samples={}) for r in ours]
+    others = [r for r in made if r not in ours]
+    seen = assess([*others, *wrong, *later(ours)])
+    assert verdict(seen, "rocm").word == "low"
+    assert {e.figure.outcome for e in seen.entries if e.platform == "rocm"} == {"wrong", "works"}
+    # Nothing was tried: that is no news.
+    absent = later(ours, outcome="not available", reason="no device")
+    absent = [replace(r, device={}) for r in absent]
+    assert verdict(assess([*made, *absent]), "rocm").word == "low"
+
+
+def test_performance_portability_is_over_the_set_that_was_named():
+    """Home stands beside it, and is not in it."""
+    seen = portability(assess(MADE, platforms=("rocm", "mps")), "infer", "measured ceiling")
+    assert set(seen.efficiencies) == {"rocm", "mps"}
+    assert seen.whole.figure == pytest.approx(2 / (1 / 0.35 + 1 / 0.6), rel=0.01)
+    assert "named beforehand" not in seen.whole.note
+    assert "named beforehand" in portability(assess(rocm(1.0)), "infer", "measured ceiling").whole.note
+
+
+def test_application_efficiency_names_the_stack_that_it_is_a_share_of():
+    fast = [
+        replace(r, spec=replace(r.spec, engine="compile", quick=True))
+        for r in simulated.records(simulated.spec("rocm"), slower=0.5, rounds=1)
+    ]
+    seen = assess([*MADE, *fast])
+    entry = next(e for e in seen.entries if e.stack == "rocm/eager/bfloat16" and e.problem.mode == "infer")
+    assert entry.application.figure == pytest.approx(0.5, rel=0.03)
+    assert fast[0].digest in entry.application.records
+    assert "quick" in entry.application.note
+    value = portability(seen, "infer", "application").efficiencies["rocm"]
+    assert (fast[0].digest in value.records, "quick" in value.note) == (True, True)
+
+
+def test_a_rung_below_the_libraries_is_no_library():
+    rung = simulated.records(simulated.spec("cuda", without=("direct",)), slower=300.0, series="simulated-ladder")
+    seen = assess([*MADE, *rung])
+    assert next(s for s in seen.ablation if s.layer == "direct").slowdown.figure == pytest.approx(300, rel=0.05)
+    assert next(x for x in seen.stack if x.name == "libraries").values["cuda"].note.startswith("without cudnn")
+
+
+def test_the_ablation_names_the_whole_stack_too():
+    for share in SEEN.ablation:
+        specs = {r.spec.without for r in MADE if r.digest in share.slowdown.records}
+        assert specs == {(), (share.layer,)}
+
+
+def test_a_lost_process_takes_no_figure_of_the_others():
+    """In whatever order their files are read."""
+    prices = Prices(currency="EUR", hour={"cuda": 1.0})
+    served = [replace(simulated.serving("cuda")[0], round={"series": "s", "number": n}) for n in range(3)]
+    lost = replace(served[0], outcome="not measured", reason="crowded", serving={}, device={})
+    for made in ([lost, *served[1:]], [*served[1:], lost]):
+        (cost,) = [c for c in assess(made, home="cuda", prices=prices).costs if c.stack == "cuda/eager/bfloat16"]
+        assert cost.million.figure is not None
+
+
+def test_costs_count_whole_answers():
+    """A device that has its pictures already is quicker than one that has to be given them."""
+    prices = Prices(currency="EUR", hour={"cuda": 3.6})
+
+    def cost(answer):
+        (r,) = simulated.serving("cuda")
+        timed = {"steps": 1, "seconds": [0.001] * 3, "latencies": [answer] * 3}
+        made = replace(r, serving={**r.serving, "sweep": {"64": timed}})
+        seen = assess([made], prices=prices)
+        assert seen.serving[0].sweep == [pytest.approx((64, 0.001, 64000, answer))]
+        return seen.costs[0].million
+
+    assert cost(0.01).figure == pytest.approx(0.001 / (64 / 0.01) * 1e6)
+    assert cost(0.01).note.startswith("batch 64")
+    assert cost(0.2).why == "no batch was answered within 0.1 s"
+
+
+def test_unlike_work_is_told_apart():
+    small = [replace(r, spec=replace(r.spec, image_size=67)) for r in simulated.serving("cuda")]
+    seen = assess([*MADE, *small])
+    assert len({s.work for s in seen.serving if s.platform == "cuda"}) == 2
+    (big,) = [n for n in SEEN.numerics if n.stack == "cuda/eager/bfloat16" and n.problem.mode == "train"]
+    assert big.problem.batch == 128
+    # What is tuned for one vendor costs what it costs, in a row of nobody.
+    opened = simulated.records(simulated.spec("cuda", mode="train", division="open"), slower=0.1)
+    prices = Prices(currency="EUR", hour={"cuda": 1.0})
+    assert assess([*MADE, *opened], prices=prices).costs[0].training == assess(MADE, prices=prices).costs[0].training
+
+
 def test_an_efficiency_above_its_ceiling_judges_nothing():
-    made = [replace(r, ceilings={k: v / 10 for k, v in r.ceilings.items()}) for r in rocm(1.0)]
+    made = [replace(r, ceilings={k: v / 10 for k, v in r.ceilings.items()}) for r in rocm(simulated.SHARE)]
     seen = against(assess(made), "rocm", "infer").efficiency
     assert (seen.figure, "which so is none" in seen.why) == (None, True)
     assert verdict(assess(made), "rocm").word == "not measured"
@@ -504,6 +656,8 @@ def test_a_machine_that_was_crowded_for_a_while_voids_no_series():
         {"serving": {"sweep": {"x": {"steps": 1, "seconds": [1.0]}}}, "spec": simulated.spec("rocm", mode="serve")},
         {"device": {"name": "Simulated ROCM 1", "versions": ["torch"]}},
         {"round": {}},
+        {"round": {"number": 0}},
+        {"round": {"series": "simulated-ladder"}},
         {"watch": {"energy": [1]}},
         {"times": {"total": [1.0]}},
         {"training": {"perturbed": [[1.0]]}},
@@ -515,6 +669,9 @@ def test_a_record_that_makes_no_sense_spoils_no_report(broken):
     seen = assess([*MADE, odd], platforms=("cuda", "rocm"))
     assert against(seen, "rocm", "infer").efficiency.figure is not None
     assert all(odd.digest in p for p in seen.problems)
+    # And with its like on the other side.
+    twin = replace(odd, spec=replace(odd.spec, backend="cuda"), device={**odd.device, "name": "Simulated CUDA 1"})
+    assert against(assess([*MADE, odd, twin], platforms=("cuda", "rocm")), "rocm", "infer").efficiency.figure
 
 
 def test_results_are_what_the_p3_analysis_library_reads():

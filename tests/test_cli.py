@@ -577,7 +577,16 @@ def comparing(monkeypatch):
     monkeypatch.setattr(launch, "series", series)
     registry = Registry([Everywhere(), Oracle(), InferOnly(), Absent(), Second()], [])
     monkeypatch.setattr(plugins, "backends", lambda: registry)
+    # No other process knows of these backends.
+    monkeypatch.setattr(launch, "probes", lambda chosen: {b.name: _probed(b) for b in chosen})
     return asked, failing
+
+
+def _probed(backend):
+    try:
+        return plugins.probe(backend)
+    except Unavailable as error:
+        return error
 
 
 STACKS = ["absent/eager/float32", "everywhere/eager/float32", "everywhere/eager/float32 (stock)",

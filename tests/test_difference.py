@@ -83,6 +83,13 @@ def test_welch_by_hand():
     assert (found.rounds, found.verdict) == (0, "inconclusive")
 
 
+@pytest.mark.parametrize("value", [1.23e9, 0.1, 7.7, 3e-5, 1e300])
+@pytest.mark.parametrize("counts", [(2, 10), (3, 7), (10, 9)])
+def test_equal_values_are_equivalent_however_their_logarithms_round(value, counts):
+    found = stats.welch(*([value] * count for count in counts))
+    assert (found.verdict, found.ratio) == ("equivalent", pytest.approx(1, rel=1e-12))
+
+
 def test_welch_is_scipys():
     from scipy.stats import ttest_ind
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from test_measurement import SMALL
 
-from portnet import launch, lockin, record
+from portnet import launch, lockin, plugins, record
 from portnet.record import Record
 
 TESTS = Path(__file__).parent
@@ -35,6 +35,20 @@ def plugin(tmp_path_factory, monkeypatch):
 
 def spec(name, **changes):
     return replace(SMALL, backend=name, **changes)
+
+
+def test_a_probe_that_hangs_or_crashes_takes_nobody_along():
+    names = ["fake-probe-raises", "fake-probe-hangs", "fake-honest", "fake-probe-crashes", "reference"]
+    registry = plugins.backends()
+    found = launch.probes([registry[name] for name in names], timeout=10)
+    assert set(found) == set(names)
+    assert found["fake-honest"] == plugins.probe(registry["fake-honest"])
+    assert found["reference"] == plugins.probe(registry["reference"])
+    assert {n: found[n].reason for n in names if "probe" in n} == {
+        "fake-probe-raises": "the probe of fake-probe-raises raised ZeroDivisionError: division by zero",
+        "fake-probe-hangs": "its probe gave no answer within 10 s",
+        "fake-probe-crashes": "its probe ended its process with signal 11 (SIGSEGV)",
+    }
 
 
 def test_whatever_becomes_of_one_process_the_others_are_measured():
@@ -99,6 +113,21 @@ def test_a_round_on_an_uneven_machine_is_run_again(monkeypatch):
     tries.clear()
     monkeypatch.setattr(launch, "_round", lambda *a, first: [made("fake-honest", 1.0), made("fake-fallback", 1.2)])
     assert len(list(launch.series([spec("fake-honest"), spec("fake-fallback")], rounds=1))) == 1 + launch.RERUNS
+
+
+def test_a_spec_that_a_crowd_kept_from_being_timed_is_tried_again(monkeypatch):
+    """It says nothing of the stack; a failure is not tried again."""
+    tries = []
+
+    def round_(specs, place, timeout, say, *, first):
+        tries.append([s.backend for s in specs])
+        outcomes = {"fake-honest": "not measured" if len(tries) == 1 else "works", "fake-broken": "failed"}
+        return [(Record(spec=s, outcome=outcomes[s.backend]), outcomes[s.backend] == "works") for s in specs]
+
+    monkeypatch.setattr(launch, "_round", round_)
+    made = list(launch.series([spec("fake-honest"), spec("fake-broken")], rounds=3))
+    assert [[r.outcome for r in one] for one in made] == [["not measured", "failed"], ["works"], ["works"]]
+    assert tries == [["fake-honest", "fake-broken"], ["fake-honest"], ["fake-honest"]]
 
 
 def test_records_come_in_the_order_of_the_specs_whichever_began(monkeypatch):

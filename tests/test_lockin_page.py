@@ -260,7 +260,7 @@ def test_throughput_within_the_bound_counts_what_an_answer_took() -> None:
         made = []
         for record in reported.four_vendors():
             if record.serving:
-                sweep = {b: {**t, "latencies": [longest * int(b)]} for b, t in record.serving["sweep"].items()}
+                sweep = {b: {**t, "latencies": [longest * int(b) ** 0.9]} for b, t in record.serving["sweep"].items()}
                 record = replace(record, serving={**record.serving, "p99": p99, "sweep": sweep})
             made.append(record)
         html = section(lockin_page.render(assess(made)), "serving")
@@ -270,6 +270,32 @@ def test_throughput_within_the_bound_counts_what_an_answer_took() -> None:
     assert "batch 16" in most(0.003)
     assert most(1.0).startswith("not measured")
     assert most(0.0003, p99=0.2).startswith("not measured"), "as a single image is answered too late"
+
+
+def test_a_device_that_is_there_and_offers_nothing_is_no_absent_one() -> None:
+    """Its software is lost, which its card says; an absent device says nothing of its software."""
+    ours = [r for r in reported.four_vendors() if r.spec.backend in ("cuda", "reference")]
+    lacks = [
+        *simulated.failed(simulated.spec("xpu", mode="train"), "not available", "xpu does not train"),
+        *simulated.failed(simulated.spec("xpu", mode="serve", batch=1), "wrong", "norm1 is too far off"),
+    ]
+    for made in ([*ours, lacks[0]], [*ours, lacks[1]]):
+        html = lockin_page.render(assess(made))
+        assert "high lock-in" in section(html, "verdict")
+        assert "says nothing of its software" not in html
+    html = lockin_page.render(assess([*ours, replace(lacks[0], device={})]))
+    assert "says nothing of its software" in html
+
+
+def test_the_first_step_is_of_a_stack_that_works_with_empty_caches() -> None:
+    quick = {"start": 0.1, "probe": 0.1, "open": 0.1, "first_step": 0.1, "total": 0.4}
+    wrong = simulated.failed(simulated.spec("cuda", engine="compile"), "wrong", "x")
+    warm = simulated.records(simulated.spec("cuda", engine="graph"), rounds=1)
+    made = [*reported.four_vendors(), replace(wrong[0], times=quick)]
+    made.append(replace(warm[0], times=quick, environment={**warm[0].environment, "cold_caches": False}))
+    row = next(r for r in Page(section(lockin_page.render(assess(made)), "start")).rows if r[0].startswith("cuda"))
+    assert row[0].startswith("cuda/eager/bfloat16")
+    assert "4.00 s" in row
 
 
 def test_every_plot_has_its_data_and_saves() -> None:

@@ -68,6 +68,7 @@ def fake_nvml(*, reasons=0, pids=(), missing=(), old=False, uuid=f"GPU-{UUID}", 
         NVML_CLOCK_MEM=2,
         NVML_TEMPERATURE_GPU=0,
         nvmlInit=init,
+        nvmlSystemGetDriverVersion=lambda: "580.65.06",
         nvmlDeviceGetHandleByUUID=find(uuid),
         nvmlDeviceGetHandleByPciBusId=find(place),
         **{name: tell(name, value) for name, value in offered.items()},
@@ -112,6 +113,7 @@ def fake_smi(*, violations=None, pids=(), edge=True, power=None, place="0000:c1:
         amdsmi_get_gpu_vram_usage=lambda handle: {"vram_total": 192_000, "vram_used": 3},
         amdsmi_get_gpu_process_list=lambda handle: [{"pid": pid} for pid in pids],
         amdsmi_get_violation_status=violation,
+        amdsmi_get_gpu_driver_info=lambda handle: {"driver_name": "amdgpu", "driver_version": "6.14.5"},
     )
 
 
@@ -237,6 +239,30 @@ def test_without_amd_smi(monkeypatch):
     rocm_telemetry._device.cache_clear()
     install(monkeypatch, "amdsmi", fake_smi(), **PLACE)
     assert Rocm().telemetry() == {}
+
+
+# Drivers.
+
+
+def test_the_drivers_version(monkeypatch, tmp_path):
+    """By the vendor's library, or else by the kernel module's file; unknown where there is neither."""
+    file = tmp_path / "version"
+    for telemetry, library, fake, place in (
+        (cuda_telemetry, "pynvml", fake_nvml(), {"uuid": UUID}),
+        (rocm_telemetry, "amdsmi", fake_smi(), AMD_PLACE),
+    ):
+        monkeypatch.setattr(telemetry, "KERNEL_MODULE", file)
+        install(monkeypatch, library, fake, **place)
+        assert telemetry.driver() in ("580.65.06", "6.14.5")
+        telemetry._device.cache_clear()
+        install(monkeypatch, library, None, **place)
+        assert telemetry.driver() is None
+    file.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\nGCC version: 12.3.0"
+    )
+    assert cuda_telemetry.driver() == "570.124.06"
+    file.write_text("6.12.12\n")
+    assert rocm_telemetry.driver() == "6.12.12"
 
 
 # The processor.

@@ -98,7 +98,10 @@ def _between(pair: Pair) -> str:
     parts += [f"{name} {was} to {now}" for name, (was, now) in pair.versions.items() if name != "host"]
     if "host" in pair.versions:
         parts.append("on another machine")
-    return "; ".join(parts if pair.versions else [*parts, "the same versions on the same machine"]) + "."
+    return (
+        "; ".join(parts if pair.versions else [*parts, "no recorded version differs, and the machine is the same"])
+        + "."
+    )
 
 
 def _processes(figure: Figure) -> str:

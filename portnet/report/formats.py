@@ -232,18 +232,20 @@ class _Markdown:
         )
         made += self.table(
             "Serving",
-            ("Stack", "Platform", "p50", "p90", "p99", "Peak memory", "Largest batch"),
+            ("Stack", "Platform", "Work", "p50", "p90", "p99", "Images/s in time", "Peak memory", "Largest batch"),
             [
                 [
                     s.stack,
                     s.platform,
+                    s.work,
                     *(self.told(v, "seconds") for v in (s.p50, s.p90, s.p99)),
+                    self.told(s.most, "rate"),
                     self.told(s.peak_memory, "bytes"),
                     self.told(s.largest_batch, "count"),
                 ]
                 for s in seen.serving
             ],
-            ready=2,
+            ready=3,
         )
         made += self.table(
             "Cost",
@@ -268,12 +270,20 @@ class _Markdown:
         )
         made += self.table(
             "Numbers",
-            ("Stack", "Platform", "Mode", "Gate used", "Logits' error", "Loss distance, nats", "Repeats bit for bit"),
+            (
+                "Stack",
+                "Platform",
+                "Problem",
+                "Gate used",
+                "Logits' error",
+                "Loss distance, nats",
+                "Repeats bit for bit",
+            ),
             [
                 [
                     n.stack,
                     n.platform,
-                    n.mode,
+                    _md(n.problem.label),
                     self.told(n.gate, "share"),
                     self.told(n.logits, "error"),
                     self.told(n.loss, "error"),

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from portnet import lockin
-from portnet.assess import REACHED, RETAINED
+from portnet.assess import REACHED, RETAINED, cold_start
 from portnet.assessment import (
     USUAL,
     Against,
@@ -36,7 +36,7 @@ from portnet.assessment import (
 from portnet.errors import RecordError
 from portnet.files import write_atomically
 from portnet.lockin import Figure
-from portnet.record import Record
+from portnet.record import Record, taken
 from portnet.report import formats, lockin_plots, page, table, values
 from portnet.report.page import Grid, Plot
 from portnet.report.values import Told
@@ -158,17 +158,10 @@ class _Page:
         self.home = assessment.home
         order = sorted(assessment.platforms, key=lambda p: (p.name != assessment.home, p.name))
         # A device that is not there says nothing of its software: it is named once, and has no column.
-        tried = {e.platform for e in assessment.entries if e.figure.outcome != "not available"}
-        tried |= {s.platform for s in assessment.serving if s.p50.figure is not None or s.sweep}
-        tried |= {s.platform for s in assessment.ablation if s.slowdown.figure is not None}
-        self.names = [p.name for p in order if p.name in tried]
-        self.gone = {
-            p.name: next((e.figure.reason for e in assessment.entries if e.platform == p.name and e.figure.reason), "")
-            for p in order
-            if p.name not in tried
-        }
+        self.names = [p.name for p in order if not p.absent]
+        self.gone = {p.name: p.absent for p in order if p.absent}
         self.entries = sorted(
-            (e for e in assessment.entries if e.platform in tried),
+            (e for e in assessment.entries if e.platform in self.names),
             key=lambda e: (self.names.index(e.platform), e.problem.mode != "train", e.problem.precision, e.stack),
         )
         self.by_work: dict[tuple[str, Problem], list[Entry]] = {}
@@ -467,11 +460,9 @@ class _Page:
         return _sheet(columns, found)
 
     def _best(self, platform: str, problem: Problem) -> Entry | None:
-        """The closed stack that stands for the platform: the one that was held against home, or else the fastest."""
+        """The closed stack that stands for the platform; where none has a figure, the first."""
         own = [e for e in self.by_work.get((platform, problem), ()) if e.closed]
-        held = {d for a in self.seen.against if a.problem == problem for d in a.throughput.records}
-        chosen = [e for e in own if held.issuperset(e.rate.records) and e.rate.figure is not None] or own
-        return max(chosen, key=lambda e: (not e.figure.spec.quick, e.rate.figure or 0), default=None)
+        return next((e for e in own if e.best), next(iter(own), None))
 
     def _work(self, problem: Problem) -> str:
         several = len({e.problem.work for e in self.entries}) > 1
@@ -486,10 +477,10 @@ class _Page:
         return [
             Cells(
                 heading=s.stack,
-                below=s.platform if s.platform not in s.stack else "",
+                below=", ".join(_apart(s)),
                 cells=self._row(
                     *(self._shown(v, "seconds") for v in (s.p50, s.p90, s.p99)),
-                    self._shown(self._most_served(s), "rate"),
+                    self._shown(s.most, "rate"),
                     self._shown(s.peak_memory, "bytes", "the largest seen"),
                     self._shown(s.largest_batch, "count", "to within 1/16"),
                     *(self._shown(v, "bytes/s", "one process") for v in (s.to_device, s.to_host)),
@@ -498,29 +489,11 @@ class _Page:
             for s in sorted(self._kept(self.seen.serving), key=self._place)
         ]
 
-    def _most_served(self, serving: Serving) -> Value:
-        """The most images/s of the batches that are answered within the bound, as costs count them."""
-        records = serving.p50.records
-        held = next((r.serving for r in self.seen.records if self.digests[id(r)] in records and r.serving), {})
-        single = next((v.figure for v in (serving.p99, serving.p90, serving.p50) if v.figure), 0.0)
-        kept = []
-        for batch, seconds, rate in serving.sweep:
-            longest = max([seconds, *held.get("sweep", {}).get(str(batch), {}).get("latencies", ())])
-            if max(longest, single) <= self.seen.latency:
-                kept.append((rate, batch))
-        if not kept:
-            why = "no batch was answered in time" if serving.sweep else serving.p50.why
-            return Value(why=why, records=records)
-        rate, batch = max(kept)
-        return Value(figure=rate, note=f"batch {batch}, one process", records=records)
-
     def _costs(self) -> Sheet | None:
         rows = [
             Cells(
                 heading=c.stack,
-                below=", ".join(
-                    x for x in (c.platform if c.platform not in c.stack else "", c.work if c.work != USUAL else "") if x
-                ),
+                below=", ".join(_apart(c)),
                 cells=self._row(
                     self._shown(c.million, "money", "one process"),
                     self._shown(c.training, "money"),
@@ -581,7 +554,12 @@ class _Page:
                 cells=self._row(
                     self._shown(p.whole, "plain"),
                     self._shown(p.supported, "plain"),
-                    *(self._shown(p.efficiencies.get(n, Value()), "share", "of two figures") for n in self.every),
+                    *(
+                        self._shown(p.efficiencies[n], "share", "of two figures")
+                        if n in p.efficiencies
+                        else "not in the set"
+                        for n in self.every
+                    ),
                 ),
             )
             for p in sorted(
@@ -622,7 +600,7 @@ class _Page:
             Cells(
                 heading=n.stack,
                 below=", ".join(
-                    x for x in (n.platform if n.platform not in n.stack else "", values.MODES.get(n.mode, n.mode)) if x
+                    [*([n.platform] if n.platform not in n.stack else []), _problem_words(n.problem.label)]
                 ),
                 cells=self._row(
                     self._shown(n.gate, "share", "-"),
@@ -762,7 +740,7 @@ class _Page:
                     replace(_as_bar(label, scaled, shown, style=len(bars)), text=_as_bar(label, value, shown).text)
                 )
                 data.append([s.stack, s.platform, label, shown.told.line])
-            groups.append((s.stack if s.platform in s.stack else f"{s.stack}, {s.platform}", bars))
+            groups.append((", ".join([s.stack, *_apart(s)]), bars))
         return Plot(
             svg=Markup(
                 lockin_plots.grouped(groups, name="latency", title="Latency of single images", unit="milliseconds")
@@ -776,20 +754,30 @@ class _Page:
         self._leave(len(served) - FEW_STACKS, "stacks in the plot of throughput against latency")
         if not served:
             return None
+        named = [(", ".join([s.stack, *_apart(s)]), s.sweep) for s in served[:FEW_STACKS]]
+        # Whole answers, as costs count them, where they were measured.
         drawn = [
-            (s.stack if s.platform in s.stack else f"{s.stack}, {s.platform}", s.sweep) for s in served[:FEW_STACKS]
+            (label, [(batch, answer or seconds, batch / (answer or seconds)) for batch, seconds, _, answer in points])
+            for label, points in named
         ]
         return Plot(
             svg=Markup(lockin_plots.sweep(drawn, self.seen.latency, name="sweep")),
-            caption=f"Images per second against the time that a batch takes, from batch to batch. What is right of "
+            caption="Images per second against the time of a whole answer, from batch to batch: pictures to the "
+            "device, logits back, one after the other. What is right of "
             f"{values.duration(self.seen.latency)} does not count in costs.",
             data=Grid(
-                caption="Throughput by batch, one process each",
-                columns=("Stack", "Batch", "Time a batch", "Images/s"),
+                caption="Throughput by batch",
+                columns=("Stack", "Batch", "A whole answer", "On the device alone", "Images/s of that"),
                 rows=[
-                    [label, str(batch), values.duration(seconds), values.number(rate, "rate")]
-                    for label, points in drawn
-                    for batch, seconds, rate in points
+                    [
+                        label,
+                        str(batch),
+                        values.duration(answer) if answer else values.NOT_MEASURED,
+                        values.duration(seconds),
+                        values.number(rate, "rate"),
+                    ]
+                    for label, points in named
+                    for batch, seconds, rate, answer in points
                 ],
             ),
         )
@@ -957,39 +945,30 @@ class _Page:
         return made
 
     def _start_plot(self) -> Plot | None:
-        quickest: dict[str, tuple[float, Entry]] = {}
+        quickest: dict[str, tuple[Record, Entry]] = {}
         for entry in self.entries:
-            times = entry.figure.detailed.times
-            parts = [times.get(k) for k in PHASES]
-            whole = times.get("total")
-            total = (
-                float(whole) if isinstance(whole, int | float) else sum(x for x in parts if isinstance(x, int | float))
-            )
-            if total and (entry.platform not in quickest or total < quickest[entry.platform][0]):
-                quickest[entry.platform] = (total, entry)
+            cold = cold_start(entry.figure) if entry.figure.outcome in lockin.COUNTED else None
+            known = quickest.get(entry.platform)
+            if cold and (known is None or cold.times["total"] < known[0].times["total"]):
+                quickest[entry.platform] = (cold, entry)
         if not quickest:
             return None
         ranked = [quickest[n] for n in self.names if n in quickest]
         self._leave(len(ranked) - FEW_GROUPS, "platforms' times to the first step")
         bars, rows = [], []
-        for total, entry in ranked[:FEW_GROUPS]:
-            record = entry.figure.detailed
-            known = {
+        for record, entry in ranked[:FEW_GROUPS]:
+            parts = {
                 word: float(record.times[k])
                 for k, word in PHASES.items()
                 if isinstance(record.times.get(k), int | float)
             }
-            caches = "empty caches" if record.environment.get("cold_caches") else "warm caches"
-            quick = " quick" if record.spec.quick else ""
-            bars.append(
-                lockin_plots.Stacked(label=entry.stack, parts=known, text=f"{values.duration(total)}{quick}, {caches}")
-            )
+            total = values.duration(record.times["total"]) + (" quick" if record.spec.quick else "")
+            bars.append(lockin_plots.Stacked(label=entry.stack, parts=parts, text=total))
             rows.append(
                 [
                     f"{entry.stack}, {values.MODES[entry.problem.mode]}",
-                    *(values.duration(known[w]) if w in known else values.NOT_MEASURED for w in PHASES.values()),
-                    f"{values.duration(total)}{quick}",
-                    caches,
+                    *(values.duration(parts[w]) if w in parts else values.NOT_MEASURED for w in PHASES.values()),
+                    total,
                     self.digests[id(record)][:8],
                 ]
             )
@@ -999,11 +978,11 @@ class _Page:
                     bars, name="start", title="Time to the first step", unit="seconds to the first result"
                 )
             ),
-            caption="From the start of the process to the first result, of the stack that is quickest on each "
-            "platform. One process each, so no interval.",
+            caption="From the start of the process to the first result, with empty caches of compiled code: of the "
+            "stacks that work the quickest on each platform. One process each, so no interval.",
             data=Grid(
                 caption="Time to the first step",
-                columns=("Stack", *(w[:1].upper() + w[1:] for w in PHASES.values()), "Together", "Caches", "Record"),
+                columns=("Stack", *(w[:1].upper() + w[1:] for w in PHASES.values()), "Together", "Record"),
                 rows=rows,
             ),
         )
@@ -1032,7 +1011,12 @@ def _sheet(columns: Sequence[str], groups: Sequence[tuple[str, Sequence[Cells]]]
 
 def _taken(layers: Iterable[str]) -> str:
     """What is left out, or which rung below the libraries is left."""
-    return ", ".join(f"{'as' if layer in ('unfold', 'direct') else 'without'} {layer}" for layer in sorted(layers))
+    return ", ".join(map(taken, sorted(layers)))
+
+
+def _apart(row: Serving | Cost) -> list[str]:
+    """What tells it from others of its stack's name."""
+    return [*([row.platform] if row.platform not in row.stack else []), *([row.work] if row.work != USUAL else [])]
 
 
 def _chip(figure: Figure) -> tuple[str, str]:
