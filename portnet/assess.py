@@ -184,7 +184,7 @@ class _Assessing:
             published=devices.find(str(device.get("name", "")), device.get("memory")),
             software=_software(own),
             dates=tuple(sorted({str(r.environment.get("date", ""))[:10] for r in own} - {""})),
-            absent="" if any(map(_present, figures)) else _why(figures[0]),
+            absent="" if any(_outcome(f) != "not available" for f in figures) else figures[0].reason or "no device",
         )
 
     # Figures of one stack
