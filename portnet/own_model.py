@@ -14,7 +14,7 @@ outputs are widened before the loss. What a stack may be off by, for each tensor
   luck; for the same reason no gradient's or update's e is below the median one's, and the loss's not below the
   outputs'.
 - At the larger batch that is timed, e is no smaller than what the processor makes there in float32.
-- Outputs and the loss: ``K e``, K being 16 for float32 and 4 for narrower, as for AlexNet.
+- Outputs and the loss: ``K e``, K being 16 for float32, 64 for float64 and 4 for narrower, as for AlexNet.
 - Gradients and updates: in float32 and float64 also ``2 t``. A foreign module cannot be told which way to take a ReLU
   or a maximum that is too close to call, as the reference is for AlexNet. In its place t is how far float64 gradients
   move when weights and inputs are moved by 16 roundings: the largest of `RUNS`, in which contests that honest rounding
@@ -42,7 +42,7 @@ from portnet.contract import Array, Backend, Session, Settings, Unsupported, Wei
 from portnet.errors import InputError
 from portnet.graph import Cost
 from portnet.host import processor
-from portnet.parity import Finding, Verdict, channel_error
+from portnet.parity import Finding, Verdict, channel_error, factor
 from portnet.record import Spec
 from portnet.workload import COARSER, AlexNet, Say, Workload
 
@@ -341,7 +341,7 @@ class OwnModel(Workload):
             of = [n for n in exact if n.startswith(kind) and e[n] > 0]
             e |= {n: max(e[n], median(e[m] for m in of)) for n in of}
         e |= {n: max(e[n], e["training outputs"]) for n in exact if n.startswith("loss")}
-        k, t = (16 if wide else 4), dict.fromkeys(exact, 0.0)
+        k, t = factor(precision), dict.fromkeys(exact, 0.0)
         for run in range(RUNS if wide and train else 0):
             start, moved = self._moved(case, RUNS + run, 16.0)
             found = _errors(self._run(self._reference("float64", start), moved, train), exact)

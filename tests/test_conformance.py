@@ -110,6 +110,16 @@ def test_float32_does_not_pass_for_tf32_nor_the_other_way_round():
     assert parity.judge(expected, session, train=True).worst.share > 5
 
 
+def test_float32_does_not_pass_for_float64():
+    """By far: that is what leaves room for honest float64, which is as exact as the reference and no more."""
+    case = parity.Case(alexnet.graph("paper2012", image_size=67, classes=100))
+    session = REFERENCE.open(case.gated, case.weights, case.settings("float32"))
+    found = parity.judge(parity.expect(case, REFERENCE, "float64"), session, train=True)
+    # An update moves the weights little, and is stored in float32 as the weights came.
+    shares = [f.share for f in found.findings if not f.what.startswith("updated")]
+    assert min(shares) > 1e5, min(found.findings, key=lambda f: f.share)
+
+
 def test_a_session_that_shows_only_logits_is_judged_by_them():
     case = parity.Case(alexnet.graph("paper2012", image_size=67, classes=10))
     expected = parity.expect(case, REFERENCE, "float32", train=False)
