@@ -141,6 +141,8 @@ class Measurement:
         self._first_step(probed)
         if not (self._parity() and self._curve()):
             return False
+        if self.detail and not spec.quick:
+            self._repeats()
         self.watch = Watch(self.backend.telemetry)
         self.busy = busy
         self.fallen: dict[str, int] = {}
@@ -151,8 +153,6 @@ class Measurement:
         self.ceilings = None if spec.without else self.backend.ceilings(self.settings.precision)
         if self.ceilings is not None:
             self._add(ceilings=asdict(self.ceilings))
-        if self.detail and not spec.quick:
-            self._repeats()
         self.session = self.workload.open(self.backend, self.settings)
         self._fallbacks(self.session)
         if not self._clock(self.session):

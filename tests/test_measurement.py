@@ -106,13 +106,13 @@ def test_a_batch_is_judged_by_its_own_images():
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_whether_it_repeats_bit_for_bit_is_recorded_and_refuses_nothing(mode):
-    honest, wandering = (measured(f"fake-{name}", mode=mode, quick=False) for name in ("honest", "wandering"))
+    honest, wandering = (measured(f"fake-{name}", mode=mode, quick=False, blocks=0) for name in ("honest", "wandering"))
     assert (honest.outcome, wandering.outcome) == ("works", "works"), wandering.reason
     tensors = 3 + len(workload.AlexNet(SMALL).graph.parameters) * (mode == "train")
     assert honest.gates["repeats"] == {"equal": True, "compared": tensors, "differing": []}
     assert not wandering.gates["repeats"]["equal"]
     assert ("conv1.bias" if mode == "train" else "step 0") in wandering.gates["repeats"]["differing"]
-    assert "repeats" not in measured("fake-honest", mode=mode).gates
+    assert "repeats" not in measured("fake-honest", mode=mode, blocks=0).gates
 
 
 def test_a_fallback_is_partial_and_named():
