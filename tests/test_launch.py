@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fakes_measured import FAKES
 from test_measurement import SMALL
 
 from portnet import launch, lockin, plugins, record
@@ -39,11 +40,11 @@ def spec(name, **changes):
 
 def test_a_probe_that_hangs_or_crashes_takes_nobody_along():
     names = ["fake-probe-raises", "fake-probe-hangs", "fake-honest", "fake-probe-crashes", "reference"]
-    registry = plugins.backends()
-    found = launch.probes([registry[name] for name in names], timeout=10)
+    known = {**FAKES, **plugins.backends()}
+    found = launch.probes([known[name] for name in names], timeout=10)
     assert set(found) == set(names)
-    assert found["fake-honest"] == plugins.probe(registry["fake-honest"])
-    assert found["reference"] == plugins.probe(registry["reference"])
+    assert found["fake-honest"] == plugins.probe(known["fake-honest"])
+    assert found["reference"] == plugins.probe(known["reference"])
     assert {n: found[n].reason for n in names if "probe" in n} == {
         "fake-probe-raises": "the probe of fake-probe-raises raised ZeroDivisionError: division by zero",
         "fake-probe-hangs": "its probe gave no answer within 10 s",
@@ -177,7 +178,12 @@ def test_when_the_parent_ends_nothing_is_left_running_and_every_record_is_whole(
     command += ["--image-size", "67", "--preset", "paper2012", "--batch", "4", "--quick", "--rounds", "50"]
     rng = random.Random(how)
     with subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has its background jobs, and all that they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         # Until the first records are there, and then in the middle of something.
         deadline = time.monotonic() + 120

@@ -465,7 +465,7 @@ def test_settings_it_cannot_keep_are_refused(tiny, settings):
 def test_probe_tells_the_device_and_the_runtime():
     device = Cpu().probe()
     assert device.precisions == ("float32",)
-    assert device.versions == {"onnxruntime": onnxruntime.__version__}
+    assert device.versions == {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
 
 def test_backends_have_unlike_names_and_providers():
