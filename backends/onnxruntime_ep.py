@@ -116,11 +116,12 @@ class OnnxRuntime(Backend):
             )
         return session
 
-    def run_file(self, path: Path, images: Array) -> Array:
-        """The logits that the file at `path` gives for `images`; what verifies an export."""
+    def run_model(self, content: bytes, inputs: Array) -> dict[str, Array]:
+        """What a serialised model of one input gives, by the outputs' names; what verifies an export."""
         self.probe()
-        logits: Array = self.start(path.read_bytes()).run([OUTPUT], {INPUT: images})[0]
-        return logits
+        session = self.start(content)
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, {session.get_inputs()[0].name: inputs}), strict=True))
 
     @property
     def _install(self) -> str:

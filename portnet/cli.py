@@ -475,15 +475,33 @@ def infer(
 @click.option("--weights", type=FILE, help="Trained weights; the preset's initial ones by default.")
 @click.option("--preset", default="paper2012", show_default=True, help="Without --weights.")
 @click.option("--backend", default="auto", show_default=True, help="The session that the file is compared with.")
+@click.option("--preprocess", is_flag=True, help="Take uint8 pictures, (batch, S, S, 3), and prepare them in the file.")
+@click.option("--softmax", is_flag=True, help="Give probabilities instead of logits.")
+@click.option("--opset", type=int, default=17, show_default=True)
+@click.option("--one-image", is_flag=True, help="Fix the batch to one image; any batch by default.")
 @click.option("--no-verify", is_flag=True, help="Do not run the file on ONNX Runtime and compare.")
-def export(path: Path, weights: Path | None, preset: str, backend: str, no_verify: bool) -> None:
+def export(
+    path: Path,
+    weights: Path | None,
+    preset: str,
+    backend: str,
+    preprocess: bool,
+    softmax: bool,
+    opset: int,
+    one_image: bool,
+    no_verify: bool,
+) -> None:
     """Write a network to one ONNX file, and check that it computes the same."""
     net = portnet.AlexNet.load(weights, backend) if weights else portnet.AlexNet(backend, preset)
-    done = net.export_onnx(path, verify=not no_verify)
+    done = net.export_onnx(
+        path, opset=opset, dynamic_batch=not one_image, preprocess=preprocess, softmax=softmax, verify=not no_verify
+    )
     size = done.path.stat().st_size / 1e6
     click.echo(f"{done.path}: {net.graph.preset}, {size:.1f} MB")
     if done.error is not None:
-        click.echo(f"on ONNX Runtime its logits differ from {net.backend.name}'s by {done.error:.1e} at most")
+        click.echo(f"on ONNX Runtime its output differs from {net.backend.name}'s by {done.error:.1e} at most")
+        if done.worst:
+            click.echo(f"of all layers {done.worst} differs most, by {done.layers[done.worst]:.1e}")
     elif not no_verify:
         click.echo("not run: ONNX Runtime is not installed (pip install 'portnet[cpu]')")
 

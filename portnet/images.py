@@ -167,7 +167,7 @@ def preprocess(pictures: U8 | Sequence[U8], graph: Graph, *, whole: bool = False
     uint8. Raises `InputError` for no pictures, another dtype, rank or number of channels, a picture without pixels,
     or a graph whose input is not ``(3, S, S)``.
     """
-    size = _input_size(graph)
+    size = input_size(graph)
     checked = _each(pictures)
     out = np.empty((len(checked), 3, size, size), np.float32)
     for picture, slot in zip(checked, out, strict=True):
@@ -182,8 +182,8 @@ def ten_views(pictures: U8 | Sequence[U8], graph: Graph) -> F32:
     images of these five in the same order. The fifth is what `preprocess` gives. `pictures`, scaling and errors are
     those of `preprocess`.
     """
-    size = _input_size(graph)
-    square = _square_size(size)
+    size = input_size(graph)
+    square = square_size(size)
     far, middle = square - size, (square - size) // 2
     corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
     checked = _each(pictures)
@@ -222,8 +222,8 @@ def training_batches(
         raise InputError(f"a batch of {batch} cannot be drawn from the {len(data)} pictures of {data.name}")
     available = len(data) // batch
     places = philox.order(seed, epoch, len(data))[: batch * min(available, steps or available)]
-    size = _input_size(graph)
-    square = _square_size(size)
+    size = input_size(graph)
+    square = square_size(size)
 
     def draw(ids: I64) -> Sequence[Iterable[object]]:
         corners = _crop_corners(ids, seed, epoch, square - size + 1)
@@ -248,7 +248,7 @@ def evaluation_batches(data: DataSet, graph: Graph, *, batch: int) -> Iterator[B
     reading.
     """
     _check_batches(data, graph, batch)
-    size = _input_size(graph)
+    size = input_size(graph)
 
     def fill(slot: F32, picture: U8) -> None:
         _normalise(_view(picture, size, whole=data.whole), graph, slot)
@@ -294,7 +294,8 @@ def _colour_noise(ids: I64, seed: int, epoch: int) -> F64:
     return noise
 
 
-def _square_size(size: int) -> int:
+def square_size(size: int) -> int:
+    """To how many pixels the short side is scaled for a network of `size`: 256 for those of ImageNet [P]."""
     return 256 if 224 <= size <= 256 else round(size * 8 / 7)
 
 
@@ -302,7 +303,7 @@ def _view(picture: U8, size: int, *, whole: bool) -> U8:
     """What a network is shown of a picture outside training: ``(size, size, 3)``."""
     if whole:
         return _scale(picture, size)
-    square = _square_size(size)
+    square = square_size(size)
     corner = (square - size) // 2
     return _square(picture, square)[corner : corner + size, corner : corner + size]
 
@@ -335,7 +336,8 @@ def _normalise(pixels: U8, graph: Graph, out: F32, noise: npt.ArrayLike = 0.0) -
     out /= np.array(graph.normalisation.scale, np.float32)[:, None, None]
 
 
-def _input_size(graph: Graph) -> int:
+def input_size(graph: Graph) -> int:
+    """S of a graph that takes pictures, ``(3, S, S)``. Raises `InputError` for another input."""
     if len(graph.input) != 3 or graph.input[0] != 3 or graph.input[1] != graph.input[2]:
         raise InputError(f"pictures make inputs of shape (3, S, S), and this graph takes {graph.input}")
     return graph.input[1]

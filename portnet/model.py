@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ EXPORT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "tf32": 2e-2, "float16": 2
 class Export:
     """An ONNX file, and how far what ONNX Runtime makes of it lies from the session it came from.
 
-    `error` is the logits' worst relative error over output channels, or None where ONNX Runtime is not installed and
-    the file could not be run.
+    `error` is the output's worst relative error over its channels, or None where ONNX Runtime is not installed and the
+    file could not be run. `layers` holds the same of every layer that the session shows, by its name.
     """
 
     path: Path
     error: float | None
+    layers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str | None:
+        """The layer of the largest error; None where no layer was compared."""
+        return max(self.layers, key=lambda name: self.layers[name], default=None)
 
 
 class AlexNet:
@@ -206,32 +212,67 @@ class AlexNet:
         notes = {"class_names": self.class_names, "whole": self.whole}
         return weights.save(path, self.graph, self.weights(), notes)
 
-    def export_onnx(self, path: str | os.PathLike[str], *, verify: bool = True) -> Export:
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        opset: int = onnx_export.OPSET,
+        dynamic_batch: bool = True,
+        preprocess: bool = False,
+        softmax: bool = False,
+        verify: bool = True,
+    ) -> Export:
         """Write the network to one ONNX file, and compare what ONNX Runtime's CPU provider makes of it.
 
-        Raises `InputError` where the file cannot be written, and `ExportError` where the two differ by more than the
-        session's precision explains (`EXPORT_TOLERANCE`).
-        """
-        written = onnx_export.export(self.graph, weights.check(self.graph, self.weights()), path)
-        return Export(path=written, error=self._verify(written) if verify else None)
+        Its input is ``images``, float32 ``(batch, 3, S, S)`` as `portnet.preprocess` makes them; with `preprocess` it
+        is ``pictures``, uint8 ``(batch, S, S, 3)``, which the file prepares itself. Its output is ``logits``, or with
+        `softmax` ``probabilities``. Without `dynamic_batch` it takes one image at a time. Class names, seed, the
+        weights' SHA-256 and the convention of the input stand in its metadata.
 
-    def _verify(self, path: Path) -> float | None:
-        runner = next((b for b in plugins.backends().values() if hasattr(b, "run_file")), None)
+        Raises `InputError` for options that make no sense and where the file cannot be written, and `ExportError` where
+        the two differ by more than the session's precision explains (`EXPORT_TOLERANCE`).
+        """
+        notes = {"class_names": self.class_names, "whole": self.whole, "seed": self.settings.seed}
+        how: dict[str, Any] = {"opset": opset, "preprocess": preprocess, "softmax": softmax, "notes": notes}
+        how["batch"] = None if dynamic_batch else 1
+        arrays = weights.check(self.graph, self.weights())
+        written = onnx_export.export(self.graph, arrays, path, **how)
+        if not verify:
+            return Export(path=written, error=None)
+        return self._verify(written, arrays, **how)
+
+    def _verify(self, path: Path, arrays: Mapping[str, Any], *, batch: int | None, **how: Any) -> Export:
+        runner = next((b for b in plugins.backends().values() if hasattr(b, "run_model")), None)
         if runner is None:
-            return None
-        probe = parity.Case(self.graph).images
+            return Export(path=path, error=None)
+        case = parity.Case(self.graph, batch=batch or 4)
+        given = np.ascontiguousarray(case.pixels.transpose(0, 2, 3, 1)) if how["preprocess"] else case.images
         try:
-            given = runner.run_file(path, probe)
-        except Unavailable:
-            return None
-        error = parity.channel_error(given, self(probe).astype(np.float64))
-        allowed = EXPORT_TOLERANCE[self.settings.precision]
-        if not error <= allowed:
-            raise ExportError(
-                f"{path}: its logits on {runner.name} differ from the session's by {error:.2g}, "
-                f"where {self.settings.precision} explains {allowed:.2g}; the file is left for inspection"
+            (found,) = runner.run_model(path.read_bytes(), given).values()
+            every = runner.run_model(
+                onnx_export.lower(self.graph, arrays, opset=how["opset"], every_layer=True).SerializeToString(),
+                case.images,
             )
-        return error
+        except Unavailable:
+            return Export(path=path, error=None)
+        expected = self(case.images).astype(np.float64)
+        if how["softmax"]:
+            expected = np.exp(expected - expected.max(axis=1, keepdims=True))
+            expected /= expected.sum(axis=1, keepdims=True)
+        shown = self.session.trace(case.images).layers
+        done = Export(
+            path=path,
+            error=parity.channel_error(found, expected),
+            layers={name: parity.channel_error(every[name], value) for name, value in shown.items()},
+        )
+        allowed = EXPORT_TOLERANCE[self.settings.precision]
+        if done.error is None or not done.error <= allowed:
+            where = f"; of all layers {done.worst} most, by {done.layers[done.worst]:.2g}" if done.worst else ""
+            raise ExportError(
+                f"{path}: its output on {runner.name} differs from the session's by {done.error:.2g}, "
+                f"where {self.settings.precision} explains {allowed:.2g}{where}; the file is left for inspection"
+            )
+        return done
 
     def summary(self) -> str:
         """Layers, output shapes, parameters and multiply-accumulates, as a table."""

@@ -1,10 +1,11 @@
 """A graph and its weights as an ONNX model, lowered layer by layer; nothing is traced.
 
-Operators as in https://onnx.ai/onnx/operators. Everything is float32; only the batch size is left open.
+Operators as in https://onnx.ai/onnx/operators. All arithmetic is float32; only the batch size can be left open.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,27 +17,47 @@ from portnet.contract import Weights
 from portnet.errors import InputError, Unsupported, WeightsError
 from portnet.files import write_atomically
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU, Step
+from portnet.images import input_size, square_size
+from portnet.weights import digest
 
 if TYPE_CHECKING:
     import onnx
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+PICTURES, PROBABILITIES = "pictures", "probabilities"
+"""The ends of a model that prepares its pictures itself, and of one that ends in a softmax."""
+OPSET = 17
 _OLDEST_OPSET = 13  # Pad and Split take their amounts as inputs from here on.
 _LARGEST = 2**31 - 2**20  # A protobuf message ends at 2 GiB; the graph around the weights takes a few KiB.
 
 
-def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool = False) -> "onnx.ModelProto":
+def lower(
+    graph: Graph,
+    weights: Weights,
+    *,
+    opset: int = OPSET,
+    batch: int | None = None,
+    preprocess: bool = False,
+    softmax: bool = False,
+    every_layer: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> "onnx.ModelProto":
     """The network at inference as an ONNX model.
 
-    Input ``images``, float32 ``(batch, *graph.input)``; output ``logits``, float32 ``(batch, *graph.output)``. A
-    layer's value carries the layer's name (the last one's is the logits), an initialiser the parameter's. With
-    `every_layer` each layer's value, the last one's too, is an output under its name, in order and before the logits.
-    The metadata hold `preset`, `options` and `normalisation` (JSON) and the version of `portnet`. The IR version is
-    the lowest that `opset` allows, but at least 8.
+    Input ``images``, float32 ``(batch, *graph.input)``, prepared as `portnet.preprocess` does it; output ``logits``,
+    float32 ``(batch, *graph.output)``. `batch` fixes its size, which is open by default. With `preprocess` the input is
+    ``pictures``, uint8 ``(batch, S, S, 3)``, RGB, cut to the network's size, and the model does all that follows. With
+    `softmax` the output is ``probabilities``. With `every_layer` each layer's value, the last one's too, is an output
+    under its name, in order and before the others.
+
+    A layer's value carries the layer's name (the last one's is the logits), an initialiser the parameter's. The
+    metadata hold `preset`; `options`, `normalisation` and `input`, the convention of the input (JSON); the SHA-256 of
+    the `weights`; the version of `portnet`; and `notes`, as JSON. The IR version is the lowest that `opset` allows, but
+    at least 8.
 
     Raises `WeightsError` where `weights` are not float32 arrays of the graph's names and shapes, `InputError` for an
-    `opset` out of range, a layer named ``images`` or ``logits``, or a network beyond protobuf's 2 GiB, and
-    `Unsupported` for a layer that ONNX has no exact counterpart of.
+    `opset` or a `batch` out of range, a layer named like an end, a network beyond protobuf's 2 GiB, or `preprocess` of
+    a graph that takes no pictures, and `Unsupported` for a layer that ONNX has no exact counterpart of.
     """
     from onnx import TensorProto, defs, helper
 
@@ -45,12 +66,20 @@ def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool 
         raise InputError(
             f"opset must lie between {_OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset}"
         )
+    if batch is not None and not 1 <= batch < 2**31:
+        raise InputError(f"a fixed batch must be at least 1, got {batch}")
     _check(graph, weights)
 
-    def info(name: str, shape: tuple[int, ...]) -> "onnx.ValueInfoProto":
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape])
+    def info(name: str, shape: tuple[int, ...], dtype: int = TensorProto.FLOAT) -> "onnx.ValueInfoProto":
+        return helper.make_tensor_value_info(name, dtype, [batch or BATCH, *shape])
 
     body, value, values = _Body(graph, weights), INPUT, []
+    taken = info(INPUT, graph.input)
+    if preprocess:
+        size = input_size(graph)
+        values.append(taken)
+        taken = info(PICTURES, (size, size, 3), TensorProto.UINT8)
+        body.prepare(graph)
     for step in graph.steps:
         last = step is graph.steps[-1]
         target = OUTPUT if last and not every_layer else step.layer.name
@@ -63,6 +92,11 @@ def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool 
     if every_layer:
         body.node("Identity", [value], OUTPUT)
         values.append(info(OUTPUT, graph.output))
+    if softmax:
+        body.node("Softmax", [OUTPUT], PROBABILITIES, axis=1)
+        values.append(info(PROBABILITIES, graph.output))
+    layers = {step.layer.name for step in graph.steps}
+    given = [v for v in values if v is values[-1] or (every_layer and v.name in (*layers, OUTPUT))]
 
     opsets = [helper.make_opsetid("", opset)]
     portnet = _version()
@@ -70,10 +104,10 @@ def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool 
         helper.make_graph(
             body.nodes,
             graph.preset,
-            [info(INPUT, graph.input)],
-            values if every_layer else values[-1:],
+            [taken],
+            given,
             body.initialisers,
-            value_info=[] if every_layer else values[:-1],
+            value_info=[v for v in values if v not in given],
         ),
         opset_imports=opsets,
         ir_version=max(8, helper.find_min_ir_version_for(opsets)),
@@ -87,21 +121,26 @@ def lower(graph: Graph, weights: Weights, *, opset: int = 17, every_layer: bool 
             "preset": graph.preset,
             "options": json.dumps(dict(graph.options)),
             "normalisation": json.dumps(normalisation),
+            "input": json.dumps(_convention(graph, taken.name, bool((notes or {}).get("whole")))),
+            "weights": digest(weights),
             "portnet": portnet,
-        },
+        }
+        | {name: json.dumps(value) for name, value in (notes or {}).items()},
     )
     return model
 
 
-def export(graph: Graph, weights: Weights, path: str | os.PathLike[str]) -> Path:
+def export(graph: Graph, weights: Weights, path: str | os.PathLike[str], **how: Any) -> Path:
     """Write `lower`'s model to one file, whole or not at all, and return its path. An existing file is replaced.
+
+    `how`: options of `lower`.
 
     The model passes ONNX's checker with strict shape inference before anything is written. Raises what `lower`
     raises, and `InputError` where the file cannot be written.
     """
     from onnx import checker
 
-    data = lower(graph, weights).SerializeToString(deterministic=True)
+    data = lower(graph, weights, **how).SerializeToString(deterministic=True)
     checker.check_model(data, full_check=True)
     return write_atomically(path, data, InputError)
 
@@ -125,6 +164,18 @@ class _Body:
         from onnx import helper
 
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+
+    def prepare(self, graph: Graph) -> None:
+        """Pictures to images, to the bit as `portnet.preprocess` normalises them."""
+        norm = graph.normalisation
+        self.node("Transpose", [PICTURES], f"{PICTURES}.planes", perm=[0, 3, 1, 2])
+        self.node("Cast", [f"{PICTURES}.planes"], f"{PICTURES}.float", to=1)  # TensorProto.FLOAT
+        mean, scale = (np.array(v, np.float32)[:, None, None] for v in (norm.mean, norm.scale))
+        plain = bool((scale == 1).all())
+        moved = INPUT if plain else f"{PICTURES}.centred"
+        self.node("Sub", [f"{PICTURES}.float", self.constant(f"{PICTURES}.mean", mean)], moved)
+        if not plain:
+            self.node("Div", [moved, self.constant(f"{PICTURES}.scale", scale)], INPUT)
 
     def add(self, step: Step, x: str, y: str) -> bool:
         """Add the nodes that compute value `y` from value `x`; False where the layer leaves `x` as it is."""
@@ -205,7 +256,7 @@ def _check(graph: Graph, weights: Weights) -> None:
             "choose a smaller image_size or fewer classes"
         )
     for step in graph.steps:
-        if step.layer.name in (INPUT, OUTPUT):
+        if step.layer.name in (INPUT, OUTPUT, PICTURES, PROBABILITIES):
             raise InputError(
                 f"a layer cannot be called {step.layer.name!r} in ONNX, where that names an end; rename it"
             )
@@ -218,6 +269,21 @@ def _check(graph: Graph, weights: Weights) -> None:
             raise WeightsError(
                 f"{name} of {graph.preset} is float32 of shape {shape}, got {array.dtype} of shape {array.shape}"
             )
+
+
+def _convention(graph: Graph, name: str, whole: bool) -> dict[str, Any]:
+    """What a program in another language must know to fill the input."""
+    if name == INPUT:
+        pixels = "RGB from 0 to 255, less the mean, over the scale; see normalisation"
+        told: dict[str, Any] = {"name": name, "dtype": "float32", "shape": [BATCH, *graph.input], "pixels": pixels}
+    else:
+        size = input_size(graph)
+        told = {"name": name, "dtype": "uint8", "shape": [BATCH, size, size, 3], "pixels": "RGB from 0 to 255"}
+    if len(graph.input) == 3 and graph.input[1] == graph.input[2]:
+        size = graph.input[1]
+        cut = f"the short side scaled to {square_size(size)} (bilinear, antialiased), the central {size}x{size} cut out"
+        told["pictures"] = f"scaled whole to {size}x{size} (bilinear, antialiased)" if whole else cut
+    return told
 
 
 def _version() -> str:

@@ -97,13 +97,17 @@ class Case:
         return weights.parity(self.graph, self.seed)
 
     @cached_property
-    def images(self) -> Array:
-        """Random pixels, normalised: float32 ``(batch, *graph.input)``."""
-        shape = (self.batch, *self.graph.input)
+    def pixels(self) -> Array:
+        """Random ones: uint8 ``(batch, *graph.input)``."""
         drawn = philox.words(self.seed, philox.Stream.PARITY, 1000 + self.ids, 0, int(np.prod(self.graph.input)))
+        return (drawn >> 24).astype(np.uint8).reshape(self.batch, *self.graph.input)
+
+    @cached_property
+    def images(self) -> Array:
+        """The pixels, normalised: float32 ``(batch, *graph.input)``."""
         norm = self.graph.normalisation
         mean, scale = (np.array(v)[:, None, None] for v in (norm.mean, norm.scale))
-        return np.asarray(((drawn >> 24).reshape(shape) - mean) / scale, np.float32)
+        return np.asarray((self.pixels - mean) / scale, np.float32)
 
     @cached_property
     def labels(self) -> Array:

@@ -433,10 +433,13 @@ def test_export(trained, tmp_path):
     out, err = portnet_("export", path, "--weights", trained, "--backend", "reference")
     assert out.splitlines()[0] == f"{path}: tiny, 0.0 MB"
     error = re.fullmatch(
-        r"on ONNX Runtime its logits differ from reference's by (\S+) at most", out.splitlines()[1]
+        r"on ONNX Runtime its output differs from reference's by (\S+) at most", out.splitlines()[1]
     ).group(1)
     assert 0 <= float(error) < 1e-5
+    assert re.fullmatch(r"of all layers \w+ differs most, by \S+", out.splitlines()[2])
     assert not err
+    portnet_("export", path, *TINY, "--softmax", "--one-image", "--opset", 18)
+    assert "opset must lie between" in portnet_("export", path, *TINY, "--opset", 3, status=2)[1]
     out, _ = portnet_("export", path, *TINY, "--no-verify")
     assert out == f"{path}: tiny, {path.stat().st_size / 1e6:.1f} MB\n"
 
@@ -451,11 +454,11 @@ def test_export_where_there_is_no_onnx_runtime(tmp_path, monkeypatch):
 def test_an_export_that_computes_something_else_is_a_failed_run(tmp_path, monkeypatch):
     right = onnx_export.export
 
-    def wrong(graph, weights, path):
-        return right(graph, {name: value * 2 for name, value in weights.items()}, path)
+    def wrong(graph, weights, path, **how):
+        return right(graph, {name: value * 2 for name, value in weights.items()}, path, **how)
 
     monkeypatch.setattr(onnx_export, "export", wrong)
-    assert "differ from the session's" in message("export", tmp_path / "net.onnx", *TINY, status=1)
+    assert "differs from the session's" in message("export", tmp_path / "net.onnx", *TINY, status=1)
 
 
 def test_mistakes_in_exporting(tmp_path):

@@ -1,6 +1,7 @@
 """The network as a user holds it, on the back end that PORTNET_TEST_BACKEND names; cpu otherwise."""
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -334,6 +335,40 @@ def test_the_real_network_is_exported(nets, tmp_path):
     assert nets[BACKEND].export_onnx(tmp_path / "net.onnx").error < 1e-5
 
 
+def test_an_export_names_the_layer_that_differs_most(tmp_path):
+    net = tiny("reference", precision="bfloat16")
+    done = net.export_onnx(tmp_path / "net.onnx")
+    assert list(done.layers) == [layer.name for layer in net.graph.layers]
+    assert done.layers[done.worst] == max(done.layers.values()) > 1e-4
+    assert net.export_onnx(tmp_path / "net.onnx", verify=False).worst is None
+
+
+def test_a_file_that_prepares_its_pictures_gives_the_same_answers(tmp_path):
+    """As the Python pipeline does, for pictures cut to size; with class names and probabilities."""
+    data = portnet.load_data("digits")
+    net = portnet.AlexNet("cpu", "caffe", classes=10, image_size=67, mean=data.train.mean)
+    net.fit(data, steps=1, batch=2)
+    done = net.export_onnx(tmp_path / "net.onnx", preprocess=True, softmax=True)
+    assert done.error < 1e-5
+    pictures = np.stack([data.test.read(i) for i in range(16)])
+    cut = np.stack([images._view(picture, 67, whole=net.whole) for picture in pictures])
+    session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"pictures": cut})
+    told = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    for picture, row in zip(pictures, found, strict=True):
+        ((name, probability),) = net.classify(picture, top=1)
+        assert told[row.argmax()] == name
+        assert row.max() == pytest.approx(probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"dynamic_batch": False}, {"opset": 21}, {"softmax": True}])
+def test_every_way_of_exporting_is_verified(how, tmp_path):
+    net = tiny("reference")
+    assert net.export_onnx(tmp_path / "net.onnx", **how).error < 1e-5
+    with pytest.raises(InputError, match="opset must lie between"):
+        net.export_onnx(tmp_path / "net.onnx", opset=3)
+
+
 def test_a_narrow_session_may_differ_by_what_its_precision_explains(tmp_path):
     error = tiny("reference", precision="bfloat16").export_onnx(tmp_path / "net.onnx").error
     assert 1e-4 < error < 0.15
@@ -345,7 +380,7 @@ def test_a_session_that_differs_from_its_file_is_found(spoil, tmp_path, monkeypa
     infer = net.session.infer
     monkeypatch.setattr(net.session, "infer", lambda x: spoil(infer(x)))
     with pytest.raises(
-        ExportError, match=r"differ from the session's by .*; the file is left for inspection"
+        ExportError, match=r"differs from the session's by .*; of all layers .*; the file is left for inspection"
     ) as caught:
         net.export_onnx(tmp_path / "net.onnx")
     assert str(tmp_path / "net.onnx") in str(caught.value)
@@ -355,8 +390,8 @@ def test_a_session_that_differs_from_its_file_is_found(spoil, tmp_path, monkeypa
 def test_a_file_that_differs_from_its_session_is_found(tmp_path, monkeypatch):
     export = onnx_export.export
 
-    def spoilt(graph, values, path):
-        return export(graph, values | {"fc8.bias": values["fc8.bias"] + np.float32(0.1)}, path)
+    def spoilt(graph, values, path, **how):
+        return export(graph, values | {"fc8.bias": values["fc8.bias"] + np.float32(0.1)}, path, **how)
 
     monkeypatch.setattr(onnx_export, "export", spoilt)
     with pytest.raises(ExportError):
@@ -371,7 +406,7 @@ def test_a_file_that_cannot_be_run_here_has_no_error_figure(tmp_path, monkeypatc
         raise Unavailable("ONNX Runtime cannot be imported", "install it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(plugins.backends()["onnxruntime-cpu"]), "run_file", absent)
+        patch.setattr(type(plugins.backends()["onnxruntime-cpu"]), "run_model", absent)
         assert net.export_onnx(tmp_path / "net.onnx").error is None
     monkeypatch.setattr(plugins, "backends", lambda: Registry([net.backend], []))
     assert net.export_onnx(tmp_path / "net.onnx").error is None

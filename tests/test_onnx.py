@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from portnet import alexnet
+from portnet import alexnet, images
 from portnet.contract import Settings
 from portnet.errors import InputError, Unavailable, Unsupported, WeightsError
 from portnet.graph import (
@@ -30,6 +30,7 @@ from portnet.graph import (
     ReLU,
 )
 from portnet.onnx_export import export, lower
+from portnet.weights import digest
 from portnet_backends.onnxruntime_ep import Cpu, portnet_backends
 
 BOUND = 1e-5  # Float32 made at most 3e-6 in these tests; the mildest mistake tried, merged towers, 7e-4.
@@ -313,7 +314,8 @@ def test_names_and_shapes_are_the_graphs(paper):
 def test_metadata_tell_what_the_file_is():
     graph = small("torchvision", dropout=0.25)
     props = {p.key: p.value for p in lower(graph, random_weights(graph)).metadata_props}
-    assert props.keys() == {"preset", "options", "normalisation", "portnet"}
+    assert props.keys() == {"preset", "options", "normalisation", "input", "weights", "portnet"}
+    assert props["weights"] == digest(random_weights(graph))
     assert alexnet.graph(props["preset"], **json.loads(props["options"])) == graph
     stored = {key: tuple(value) for key, value in json.loads(props["normalisation"]).items()}
     assert Normalisation(**stored) == graph.normalisation
@@ -324,6 +326,73 @@ def test_metadata_keep_a_mean_of_ones_own():
     graph = small(mean=(1.0, 2.0, 3.5))
     props = {p.key: p.value for p in lower(graph, random_weights(graph)).metadata_props}
     assert alexnet.graph(props["preset"], **json.loads(props["options"])) == graph
+
+
+def test_metadata_tell_a_program_in_another_language_how_to_fill_the_input():
+    graph = small("caffe", image_size=227, mean=(1.0, 2.0, 3.5))
+    weights = random_weights(graph)
+
+    def told(**how):
+        props = {p.key: p.value for p in lower(graph, weights, **how).metadata_props}
+        return {key: json.loads(props[key]) for key in props if key in ("input", "class_names", "seed")}
+
+    plain = told(notes={"class_names": ["cat", "dog"], "seed": 7})
+    assert (plain["class_names"], plain["seed"]) == (["cat", "dog"], 7)
+    assert plain["input"]["shape"] == ["batch", 3, 227, 227]
+    assert "scaled to 256" in plain["input"]["pictures"]
+    pictures = told(preprocess=True, notes={"whole": True})["input"]
+    assert (pictures["name"], pictures["dtype"], pictures["shape"]) == ("pictures", "uint8", ["batch", 227, 227, 3])
+    assert pictures["pictures"].startswith("scaled whole to 227x227")
+
+
+@pytest.mark.parametrize("preset", ["paper2012", "caffe", "torchvision"])
+def test_pictures_are_prepared_in_the_file_to_the_bit_as_in_python(preset):
+    """Scale and mean; of pictures cut to the network's size, as `preprocess` cuts them."""
+    graph = small(preset)
+    weights = random_weights(graph)
+    taken = np.random.default_rng(3).integers(0, 256, (5, 90, 120, 3), np.uint8)
+    cut = np.stack([images._view(picture, 67, whole=False) for picture in taken])
+    model = lower(graph, weights, preprocess=True)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    ready = images.preprocess(taken, graph)
+    (plain,) = run(lower(graph, weights), ready).values()
+    for batch in (1, 5):
+        (got,) = session.run(None, {"pictures": cut[:batch]})
+        np.testing.assert_array_equal(
+            got, plain[:batch] if batch == 5 else run(lower(graph, weights), ready[:1])["logits"]
+        )
+
+
+def test_pictures_need_a_network_that_takes_some():
+    graph = chain(Flatten(name="flat"), Linear(name="end", in_features=8, out_features=2), shape=(2, 2, 2))
+    with pytest.raises(InputError, match=r"pictures make inputs of shape \(3, S, S\)"):
+        lower(graph, random_weights(graph), preprocess=True)
+
+
+def test_probabilities(tiny):
+    graph, weights = tiny
+    given = random_images(graph, 4)
+    model = lower(graph, weights, softmax=True)
+    onnx.checker.check_model(model, full_check=True)
+    logits = run(lower(graph, weights), given)["logits"].astype(np.float64)
+    expected = np.exp(logits - logits.max(axis=1, keepdims=True))
+    got = run(model, given)
+    assert list(got) == ["probabilities"]
+    np.testing.assert_allclose(got["probabilities"], expected / expected.sum(axis=1, keepdims=True), atol=1e-6)
+    every = run(lower(graph, weights, softmax=True, every_layer=True), given)
+    assert list(every)[-2:] == ["logits", "probabilities"]
+
+
+def test_a_batch_can_be_fixed(tiny):
+    graph, weights = tiny
+    model = lower(graph, weights, batch=2)
+    onnx.checker.check_model(model, full_check=True)
+    assert run(model, random_images(graph, 2))["logits"].shape[0] == 2
+    with pytest.raises(Exception, match="Got: 3 Expected: 2"):
+        run(model, random_images(graph, 3))
+    with pytest.raises(InputError, match="a fixed batch must be at least 1, got 0"):
+        lower(graph, weights, batch=0)
 
 
 @pytest.mark.parametrize("opset", [13, 18, 21, onnx.defs.onnx_opset_version()])
