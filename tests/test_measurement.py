@@ -112,7 +112,8 @@ def test_whether_it_repeats_bit_for_bit_is_recorded_and_refuses_nothing(mode):
     assert honest.gates["repeats"] == {"equal": True, "compared": tensors, "differing": []}
     assert not wandering.gates["repeats"]["equal"]
     assert ("conv1.bias" if mode == "train" else "step 0") in wandering.gates["repeats"]["differing"]
-    assert "repeats" not in measured("fake-honest", mode=mode, blocks=0).gates
+    if mode == "infer":
+        assert "repeats" not in measured("fake-honest", mode=mode, blocks=0).gates
 
 
 def test_a_fallback_is_partial_and_named():
