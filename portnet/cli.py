@@ -28,6 +28,7 @@ MISTAKES = (InputError, PictureError, PluginError, RecordError, WeightsError)
 
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+SILENCE = click.FloatRange(0, min_open=True)
 
 
 class _Group(click.Group):
@@ -119,7 +120,7 @@ def _measuring_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs."),
         click.option("--out", type=FOLDER, default=Path("portnet-records"), show_default=True),
         click.option(
-            "--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process."
+            "--timeout", type=SILENCE, default=600.0, show_default=True, help="Seconds of silence of a process."
         ),
         click.option("--budget", metavar="TIME", help="Such as 9m: no round begins that would not end by then."),
         click.option("--quick", is_flag=True, help="One round of few blocks: figures that are not to be quoted."),
@@ -175,13 +176,18 @@ def _seconds(text: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     try:
-        return float(number) * units[unit]
+        seconds = float(number) * units[unit]
     except ValueError:
-        raise click.UsageError(f"--budget must be a time such as 90s, 9m or 1h, got {text!r}") from None
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise click.UsageError(f"--budget must be a time such as 90s, 9m or 1h, got {text!r}")
+    return seconds
 
 
 def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> None:
     """Print what was measured, and exit with 1 if something that was asked for has no figure."""
+    from portnet import lockin
+    from portnet.plan import NO_TIME
     from portnet.report import table
 
     if as_json:
@@ -193,7 +199,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
         for name, reason in plan.left_out:
             console.print(f"{_plain(name)}: left out. {_plain(str(reason))}", soft_wrap=True, highlight=False)
         console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
-    if any(r.outcome not in ("works", "partial", "not measured") for r in made):
+    if any(f.outcome not in lockin.COUNTED and f.reason != NO_TIME for f in lockin.figures(made)):
         sys.exit(1)
 
 
@@ -269,7 +275,7 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--model", default="", help="package:factory of a model of your own, instead of AlexNet.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds of silence of a process.")
+@click.option("--timeout", type=SILENCE, default=600.0, show_default=True, help="Seconds of silence of a process.")
 @click.option("--out", type=FOLDER, default=Path("portnet-compare"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON list, for programs.")
 def compare(

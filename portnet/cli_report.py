@@ -221,12 +221,13 @@ def report(
         references=reference,
     )
     text = reporting.written(seen, form) if form else ""
+    if out is not None:
+        write_atomically(out, text.encode(), RecordError)
     if form and out is None:
         click.echo(text, nl=False)
     else:
         _print(formats.summary(seen.assessment))
     if out is not None:
-        write_atomically(out, text.encode(), RecordError)
         click.echo(f"{out}: {len(text.encode()):,} bytes")
     for problem in seen.assessment.problems:
         click.echo(f"portnet: left out: {plain(problem)}".replace("\n", " "), err=True)

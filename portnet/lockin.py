@@ -214,9 +214,11 @@ def best(ceilings: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _joint(records: Sequence[Record], mode: str) -> tuple[str, str]:
     """The outcome of several processes: the worst. That it is unsteady is told by all of them together."""
+    # What came to no trial, as on a machine that was crowded for a while, says nothing against the others; a device
+    # that was there for few of them does.
+    records = [r for r in records if r.outcome != "not measured"] or records
     bad = [r for r in records if r.outcome not in (*COUNTED, "unsteady")]
     if 2 * sum(r.outcome in ABSENT for r in bad) < len(records):
-        # What came to no trial, as on a machine that was crowded for a while, says nothing against the others.
         bad = [r for r in bad if r.outcome not in ABSENT]
         records = [r for r in records if r.outcome not in ABSENT]
     if bad:

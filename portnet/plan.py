@@ -15,6 +15,8 @@ from portnet.record import MODES, Record, Spec
 
 QUICK: dict[str, Any] = {"quick": True, "blocks": 10, "perturbed": 5}
 """What quick measurements do less of."""
+NO_TIME = "no time was left"
+"""Why a record says `not measured` whose turn did not come within the time that was given."""
 TOGETHER = 4
 """Stacks that are alive at once; more would leave each too little memory."""
 
@@ -178,7 +180,7 @@ def carry_out(
                     yield Record(
                         spec=spec,
                         outcome="not measured",
-                        reason="no time was left",
+                        reason=NO_TIME,
                         environment=measurement.environment(),
                     )
                 continue

@@ -644,6 +644,13 @@ def test_a_machine_that_was_crowded_for_a_while_voids_no_series():
     i = next(i for i, r in enumerate(made) if r.spec.backend == "rocm")
     made[i] = replace(made[i], outcome="not measured", reason="others kept 1.5 of 2 processors busy", samples={})
     assert against(assess(made), "rocm", made[i].spec.mode).throughput.figure == pytest.approx(1, rel=0.02)
+    # Not even where all but one process met it: the figure is then of one.
+    all_but_one = [
+        replace(r, outcome="not measured", reason="crowded", samples={}) if mine(r) and r.round["number"] else r
+        for r in made
+    ]
+    seen = against(assess(all_but_one), "rocm", "infer").throughput
+    assert (seen.figure, seen.low) == (pytest.approx(1, rel=0.05), None)
 
 
 @pytest.mark.parametrize(

@@ -738,6 +738,14 @@ def test_measuring_everything_begins_with_what_tells_most(comparing, tmp_path):
     assert "absent: left out. no [bold] device" in out
 
 
+def test_a_stack_that_came_to_no_figure_is_a_failed_run(comparing, tmp_path):
+    """Though nothing went wrong with it; only what there was no time for is as it was asked for."""
+    _, failing = comparing
+    failing["everywhere/eager/float32"] = "not measured"
+    portnet_("measure", "everywhere", "second", "--quick", "--rounds", 2, "--out", tmp_path / "a", status=1)
+    portnet_("measure", "second", "--quick", "--rounds", 2, "--out", tmp_path / "b")
+
+
 def test_no_time_left_is_said(comparing, tmp_path):
     asked, _ = comparing
     _, err = portnet_("measure", "everywhere", "--budget", "0s", "--out", tmp_path)
@@ -757,6 +765,9 @@ def test_no_time_left_is_said(comparing, tmp_path):
         (("everywhere/eager/float33",), "did you mean float32"),
         (("everywhere/float32/bfloat16",), "names its precision twice"),
         (("everywhere", "--budget", "soon"), "--budget must be a time such as 90s"),
+        (("everywhere", "--budget", "nan"), "--budget must be a time such as 90s"),
+        (("everywhere", "--budget=-5m"), "--budget must be a time such as 90s"),
+        (("everywhere", "--timeout=-1"), "Invalid value for '--timeout'"),
         (("everywhere", "--preset", "cafe"), "unknown preset 'cafe'"),
     ],
 )

@@ -289,6 +289,23 @@ def test_a_device_that_is_there_and_offers_nothing_is_no_absent_one() -> None:
     assert "says nothing of its software" not in html
 
 
+def test_the_first_screen_compares_backends_before_stacks_of_one() -> None:
+    """On one chip: two backends in float32, and more stacks, of one backend, in bfloat16."""
+    made = []
+    for backend, how in (
+        ("mps", {"precision": "float32"}),
+        ("xpu", {"precision": "float32"}),
+        *(("mps", {"engine": engine}) for engine in ("eager", "compile", "graph")),
+    ):
+        timed = simulated.records(simulated.spec(backend, **how), series="chip")
+        made += [replace(r, device={**r.device, "name": "Simulated chip"}) for r in timed]
+    html = lockin_page.render(assess(made))
+    first = section(html, "verdict")
+    assert "xpu/" in first
+    assert "inference, float32, batch 128" in first.lower()
+    assert "1 more problems of inference on Simulated chip on the first screen" in html
+
+
 def test_the_first_step_is_of_a_stack_that_works_with_empty_caches() -> None:
     quick = {"start": 0.1, "probe": 0.1, "open": 0.1, "first_step": 0.1, "total": 0.4}
     wrong = simulated.failed(simulated.spec("cuda", engine="compile"), "wrong", "x")

@@ -399,7 +399,9 @@ def summary(assessment: Assessment) -> list[RenderableType]:
         made += ["", table, *_more(len(timed))]
     held = [p for p in seen.portability if p.by == "measured ceiling"]
     if held:
-        table = _table("Performance portability", "PP, all\nplatforms", "PP, the\nsupported ones")
+        table = _table(
+            "Performance portability,\nby measured ceilings", "PP, all\nplatforms", "PP, the\nsupported ones"
+        )
         for p in held[:ROWS]:
             table.add_row(Text(plain(p.problem.label)), Text(told(p.whole, "plain")), Text(told(p.supported, "plain")))
         made += ["", table, *_more(len(held))]

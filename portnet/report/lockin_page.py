@@ -316,9 +316,12 @@ class _Page:
             tables = []
             for mode in ("train", "infer"):
                 timed = [e for e in own if e.problem.mode == mode and e.rate.figure is not None]
-                problem = _most(e.problem for e in timed)
-                if problem is None:
+                if not timed:
                     continue
+                # The one on which most backends can be compared, and then most stacks.
+                backends = {p: len({e.platform for e in timed if e.problem == p}) for p in (e.problem for e in timed)}
+                problem = max(backends, key=lambda p: (backends[p], sum(e.problem == p for e in timed)))
+                self._leave(len(backends) - 1, f"problems of {values.MODES[mode]} on {name} on the first screen")
                 # Of several measurements of a stack, the one of most processes.
                 best: dict[str, Entry] = {}
                 for entry in sorted((e for e in own if e.problem == problem), key=lambda e: len(e.figure.records)):

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from portnet.contract import Backend, Settings
-from portnet.lockin import COUNTED, WORK, Figure, Row, compare, crowd, figures, same_work, spread, void
+from portnet.lockin import ABSENT, COUNTED, WORK, Figure, Row, compare, crowd, figures, same_work, spread, void
 from portnet.record import Record, Spec
 
 NOT_MEASURED = "not measured"
@@ -123,7 +123,8 @@ def _figures(found: Sequence[Figure]) -> Table:
 def interval(figure: Figure) -> str:
     """Images per second, and the 95% interval over processes."""
     if figure.rate is None:
-        return f"void: {figure.outcome}" if figure.outcome not in COUNTED else NOT_MEASURED
+        tried = figure.outcome not in (*COUNTED, *ABSENT)
+        return f"void: {figure.outcome}" if tried else NOT_MEASURED
     text = rate(figure.rate.figure) + (" quick" if figure.spec.quick else "")
     if figure.rate.low is None or figure.rate.high is None:
         return f"{text}\none process"
