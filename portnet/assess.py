@@ -501,7 +501,8 @@ class _Assessing:
 
             def middle(key: str, seen: Sequence[Mapping[str, Any]] = seen, figure: Figure = figure) -> Value:
                 known = [float(s[key]) for s in seen if _number(s.get(key))]
-                why = "too few samples" if seen and key in seen[0] else _why(figure)
+                lacking = "looked for in a device's own memory only" if key == "largest_batch" else "too few samples"
+                why = lacking if seen and key in seen[0] else _why(figure)
                 return self._value(figure, stats.interval(known) if known else None, why)
 
             sweep = _sweep(s.get("sweep", {}) for s in seen)

@@ -230,7 +230,7 @@ def serving(figure: Figure) -> Table:
     for name in ("p50", "p90", "p99"):
         value = found.get(name)
         table.add_row(f"{name} latency at batch 1", NOT_MEASURED if value is None else f"{1e3 * value:.3g} ms")
-    for batch, seen in found.get("sweep", {}).items():
+    for batch, seen in sorted(found.get("sweep", {}).items(), key=lambda item: int(item[0])):
         seconds = sorted(seen["seconds"])[len(seen["seconds"]) // 2]
         table.add_row(f"batch {plain(batch)}", f"{rate(seen['steps'] * int(batch) / seconds)} images/s")
     largest = found.get("largest_batch")
