@@ -242,7 +242,6 @@ class Prices:
 
     currency: str
     hour: Mapping[str, float]
-    source: str = ""
 
     @classmethod
     def read(cls, path: Path) -> "Prices":
@@ -260,7 +259,7 @@ class Prices:
             ) from error
         if wrong := [k for k, v in hour.items() if not 0 <= v < 1e6]:
             raise InputError(f"{path}: the price of {wrong[0]!r} is {hour[wrong[0]]}; expected 0 or more an hour")
-        return cls(currency=currency, hour=hour, source=str(held.get("source", "")))
+        return cls(currency=currency, hour=hour)
 
     def of(self, platform: Platform) -> float | None:
         """The price of an hour there, or None."""

@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from portnet import lockin
@@ -174,16 +173,6 @@ class _Page:
 
     def rendered(self) -> str:
         seen = self.seen
-        environment = Environment(
-            loader=PackageLoader("portnet", "report"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            # Records come from anyone: what cannot be shown, reverses the reading order or never ends is not let in.
-            finalize=lambda value: value if isinstance(value, Markup) else _short(table.plain(value)),
-        )
-        environment.filters["breakable"] = lambda text: Markup("/<wbr>").join(_short(table.plain(text)).split("/"))
         script = resources.files("portnet.report").joinpath("report.js").read_text(encoding="utf-8")
         plots_of = {
             "against": self._against_plot(),
@@ -197,7 +186,8 @@ class _Page:
             "waterfalls": self._waterfalls(),
             "start": self._start_plot(),
         }
-        return environment.get_template("report.html.jinja").render(
+        # A text that never ends is cut, too.
+        return page.template("report.html.jinja", lambda value: _short(table.plain(value))).render(
             home=self.home,
             home_name=values.named(self.home or seen.wanted),
             wanted_name=values.named(seen.wanted),

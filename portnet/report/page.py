@@ -1,12 +1,12 @@
 """Records as one self-contained page: no scripts, and nothing that it would load."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from portnet.errors import RecordError
@@ -57,22 +57,12 @@ class Work:
 
 def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) -> str:
     """The page. `problems` are the records that could not be used, each in a sentence of its own."""
-    environment = Environment(
-        loader=PackageLoader("portnet", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Records come from anyone: what cannot be shown, or reverses the reading order, is not let through.
-        finalize=lambda value: value if isinstance(value, Markup) else table.plain(value),
-    )
-    environment.filters["breakable"] = _breakable
     figures = rows(records)
     # What was measured comes first.
     named = sorted(zip(table.labels(figures), figures, strict=True), key=lambda pair: _absent(pair[1].record))
     absent = sum(map(_absent, records))
     present = len(records) - absent
-    return environment.get_template("compare.html.jinja").render(
+    return template("compare.html.jinja").render(
         title=f"PortNet: {present} stack{'s' * (present != 1)} compared",
         absent=absent,
         works=_works(named),
@@ -237,6 +227,18 @@ def _flat(mapping: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _breakable(text: str) -> Markup:
-    """The text, which may be broken after its slashes."""
-    return Markup("/<wbr>").join(table.plain(text).split("/"))
+def template(name: str, plain: Callable[[object], str] = table.plain) -> Template:
+    """A page's template. Records come from anyone: `plain` lets nothing through that cannot be shown.
+
+    ``breakable`` is a filter for texts that may be broken after their slashes.
+    """
+    environment = Environment(
+        loader=PackageLoader("portnet", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+    )
+    environment.filters["breakable"] = lambda text: Markup("/<wbr>").join(plain(text).split("/"))
+    return environment.get_template(name)
