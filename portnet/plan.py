@@ -86,13 +86,11 @@ def everything(
     registry = plugins.backends()
     chosen = [registry[name] for name in names] or sorted(registry.values(), key=lambda b: -b.priority)
     ranked: list[tuple[int, int, dict[str, Any]]] = []
-    found = launch.probes(chosen)
-    left_out = [(name, device) for name, device in found.items() if isinstance(device, Unavailable)]
+    here, left_out = _probed(chosen)
     for place, backend in enumerate(chosen):
-        device = found[backend.name]
-        if isinstance(device, Unavailable):
-            continue
-        ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in _stacks(backend, device)]
+        if backend.name in here:
+            found = _stacks(backend, here[backend.name])
+            ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in found]
     stacks = [f for _, _, f in sorted(ranked, key=lambda r: r[:2])]
     groups: list[tuple[Spec, ...]] = []
     for batch in batches:
@@ -137,12 +135,9 @@ def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: A
     """One round of few blocks of every backend's plainest stacks: what `portnet compare` does."""
     registry = plugins.backends()
     chosen = [registry[name] for name in names] or list(registry.values())
-    found = launch.probes(chosen)
-    left_out = [(name, device) for name, device in found.items() if isinstance(device, Unavailable)]
+    here, left_out = _probed(chosen)
     specs: list[Spec] = []
-    for backend in chosen:
-        if isinstance(found[backend.name], Unavailable):
-            continue
+    for backend in (b for b in chosen if b.name in here):
         own = "float64" if parity.is_oracle(backend) else precision
         specs += [
             _spec({"backend": backend.name, "precision": own, "formulation": formulation}, **{"quick": True, **options})
@@ -189,6 +184,13 @@ def carry_out(
                 going.append((group, one))
             longest = max(longest, time.monotonic() - began) if seconds < inf else 0.0
         waiting, first = going, False
+
+
+def _probed(chosen: Sequence[Backend]) -> tuple[dict[str, Device], list[tuple[str, Unavailable]]]:
+    """The devices that are here by their backends' names, and why others are not."""
+    found = launch.probes(chosen)
+    here = {name: device for name, device in found.items() if isinstance(device, Device)}
+    return here, [(name, why) for name, why in found.items() if isinstance(why, Unavailable)]
 
 
 def _spec(found: dict[str, Any], **options: Any) -> Spec:
