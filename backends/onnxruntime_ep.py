@@ -1,16 +1,23 @@
 """ONNX Runtime, one backend per execution provider, all of them over the same exported graph.
 
-`onnxruntime` is imported inside functions only: listing backends must not load a vendor's software.
+`onnxruntime` is imported inside functions only: listing backends must not load a vendor's software. Options and names
+are those of https://onnxruntime.ai/docs/execution-providers.
 """
 
+import importlib.util
 import json
+import os
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from importlib import metadata
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,59 +41,197 @@ from portnet.host import processor
 from portnet.onnx_export import INPUT, OUTPUT, lower
 from portnet_backends import timing
 
+NOT_VERIFIED = "not yet verified on hardware"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """An execution provider. `name` is the backend's after ``onnxruntime-``, `title` ONNX Runtime's.
+
+    `install`: what brings it. `precisions` maps each that it has to the options that ask for it. `half`: whether a
+    float16 network is handed over as such, and not a float32 one that the provider narrows. `memory`: ONNX Runtime's
+    name of where its values live; `unified` where that is the host's in any case. `plugin`: the module of the
+    distribution that adds it to a plain ONNX Runtime.
+    """
+
+    name: str
+    title: str
+    vendor: str
+    install: str
+    precisions: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"float32": {}})
+    half: bool = False
+    memory: str = "cpu"
+    unified: bool = False
+    plugin: str = ""
+    note: str = NOT_VERIFIED
+
+
+def _extra(name: str) -> str:
+    return f"pip install 'portnet[{name}]'"
+
+
+def _tensorrt() -> dict[str, dict[str, str]]:
+    """TensorRT takes TF32 for float32 unless the process forbids it; the provider has no option for that."""
+    wide = "float32" if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" else "tf32"
+    return {wide: {}, "float16": {"trt_fp16_enable": "1"}, "bfloat16": {"trt_bf16_enable": "1"}}
+
+
+CPU = Provider(name="cpu", title="CPU", vendor="any CPU", install=_extra("cpu"), unified=True, note="")
+PROVIDERS = (
+    CPU,
+    Provider(
+        name="cuda",
+        title="CUDA",
+        vendor="NVIDIA",
+        install=_extra("cuda"),
+        precisions={"float32": {"use_tf32": "0"}, "tf32": {"use_tf32": "1"}, "float16": {"use_tf32": "0"}},
+        half=True,
+        memory="cuda",
+    ),
+    Provider(
+        name="tensorrt",
+        title="Tensorrt",
+        vendor="NVIDIA",
+        install=f"{_extra('cuda')}, and TensorRT's libraries: pip install tensorrt",
+        precisions=_tensorrt(),
+        memory="cuda",
+    ),
+    Provider(
+        name="migraphx",
+        title="MIGraphX",
+        vendor="AMD",
+        install=_extra("migraphx"),
+        memory="cuda",  # which is what a build for AMD calls its own
+        precisions={"float32": {}, "float16": {"migraphx_fp16_enable": "1"}, "bfloat16": {"migraphx_bf16_enable": "1"}},
+    ),
+    Provider(
+        name="coreml",
+        title="CoreML",
+        vendor="Apple",
+        install=f"on macOS, {_extra('cpu')}",
+        unified=True,
+        precisions={p: {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"} for p in ("float32", "float16")},
+        half=True,
+    ),
+    Provider(
+        name="openvino",
+        title="OpenVINO",
+        vendor="Intel",
+        install=_extra("openvino-ep"),
+        precisions={"float32": {"device_type": "CPU", "precision": "FP32"}},
+        unified=True,
+        plugin="onnxruntime_ep_openvino",
+        note="on the CPU",
+    ),
+    Provider(
+        name="directml",
+        title="Dml",
+        vendor="any GPU on Windows",
+        install=f"on Windows, {_extra('directml')}",
+        memory="dml",
+        precisions={"float32": {}, "float16": {}},
+        half=True,
+    ),
+    Provider(
+        name="qnn",
+        title="QNN",
+        vendor="Qualcomm",
+        install=f"on Windows or Linux for ARM64, {_extra('qnn')}",
+        precisions={"float16": {"backend_type": "htp", "enable_htp_fp16_precision": "1"}},
+        unified=True,
+        plugin="onnxruntime_qnn",
+    ),
+    Provider(
+        name="xnnpack",
+        title="Xnnpack",
+        vendor="any CPU",
+        unified=True,
+        install="build ONNX Runtime with --use_xnnpack; no distribution for Python has this provider",
+    ),
+    Provider(
+        name="webgpu",
+        title="WebGpu",
+        vendor="any GPU",
+        install=f"{_extra('webgpu')}, and on Linux the Vulkan loader (libvulkan1) with a driver",
+        precisions={"float32": {}, "float16": {}},
+        half=True,
+        memory="webgpu",
+        plugin="onnxruntime_ep_webgpu",
+    ),
+)
+
 
 class OnnxRuntime(Backend):
-    """What every execution provider shares; a subclass names one."""
+    """One execution provider."""
 
-    provider: ClassVar[str]
-    """ONNX Runtime's name of the execution provider."""
-    extra: ClassVar[str]
-    """PortNet's extra that installs a distribution with this provider."""
-    precisions: ClassVar[tuple[str, ...]] = ("float32",)
-    memory: ClassVar[str] = "cpu"
-    """ONNX Runtime's name of the device on which the provider keeps its values."""
+    strict = True
+
+    def __init__(self, provider: Provider = CPU) -> None:
+        self.about = provider
+        self.name, self.vendor, self.note = f"onnxruntime-{provider.name}", provider.vendor, provider.note
+        self.provider = f"{provider.title}ExecutionProvider"
 
     def probe(self) -> Device:
+        """Believes no list: a provider is here if a product starts on it, and is seen to run there."""
         runtime = self._runtime()
-        offered = runtime.get_available_providers()
+        offered = [*runtime.get_available_providers(), *(d.ep_name for d in self._plugged())]
+        if self.provider not in offered and self._plugin:
+            raise Unavailable(
+                f"the plug-in {self._plugin} is installed, and finds no device that it can use", self.about.install
+            )
         if self.provider not in offered:
             raise Unavailable(
-                f"the installed ONNX Runtime {runtime.__version__} has no {self.provider}, only {', '.join(offered)}",
-                f"uninstall that distribution, then {self._install}",
+                f"the installed ONNX Runtime {runtime.__version__} has no {self.provider}, only "
+                f"{', '.join(dict.fromkeys(offered))}",
+                self.about.install if self.about.plugin else f"in a new environment, {self.about.install}",
             )
+        n = 8
+        ones = np.ones((n, n), np.float32)
+        ran = profiled(partial(self.start, _one_matmul(n)), lambda session: session.run(None, {"a": ones, "b": ones}))
+        if self.provider != "CPUExecutionProvider" and elsewhere(ran, self.provider).get("MatMul"):
+            raise Unavailable(
+                f"{self.provider} starts, but a product asked of it ran on {ran[-1]['provider']}",
+                "check the device's driver",
+            )
+        through = "" if self.about is CPU else f"'s {self.about.title}"
+        gpu = _nvidia() if self.about.vendor == "NVIDIA" else {}
         return Device(
-            name=self.device(),
-            precisions=self.precisions,
+            name=gpu.get("name") or f"ONNX Runtime{through} on {processor()}",
+            precisions=tuple(self.about.precisions),
+            memory=gpu.get("memory"),
             # onnx writes the model that is run.
-            versions={"onnxruntime": runtime.__version__, "onnx": metadata.version("onnx")},
-            unified=self.memory == "cpu",
+            versions={
+                "onnxruntime": runtime.__version__,
+                "onnx": metadata.version("onnx"),
+                **({"driver": gpu["driver"]} if gpu else {}),
+                **({self._plugin: _version(self._plugin)} if self._plugin else {}),
+            },
+            unified=self.about.unified,
         )
-
-    def device(self) -> str:
-        """What the provider computes on, in words."""
-        return f"ONNX Runtime on {processor()}"
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> "OnnxRuntimeSession":
         self.check(settings)
-        return OnnxRuntimeSession(self, graph, weights)
+        return OnnxRuntimeSession(self, graph, weights, settings)
 
     def open_exported(self, content: bytes, weights: Weights, settings: Settings) -> "ExportedSession":
         """A serialised model of one input and one output, exported from a module with these weights."""
         self.check(settings)
-        return ExportedSession(self, content, weights)
+        return ExportedSession(self, content, weights, settings)
 
     def ceilings(self, precision: str) -> Ceilings:
         """Products by a model of one MatMul whose values stay on the provider's device. It has no copy to measure."""
-        self.check(Settings(precision=precision))
-        from onnxruntime import OrtValue
+        settings = Settings(precision=precision)
+        self.check(settings)
+        narrow = self.about.half and precision == "float16"
+        dtype: type = np.float16 if narrow else np.float32
 
         def product(n: int) -> timing.Work:
-            session = self.start(_one_matmul(n))
+            session = self.start(_one_matmul(n, dtype), settings)
             rng, binding = np.random.default_rng(n), session.io_binding()
             for name in ("a", "b"):
-                value = rng.random((n, n), np.float32) - np.float32(0.5)
-                binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value, self.memory, 0))
-            binding.bind_ortvalue_output("c", OrtValue.ortvalue_from_shape_and_type([n, n], np.float32, self.memory, 0))
+                value = (rng.random((n, n), np.float32) - np.float32(0.5)).astype(dtype)
+                binding.bind_ortvalue_input(name, self.put(value))
+            binding.bind_output("c", self.memory)
             binding.synchronize_inputs()
 
             def run() -> None:
@@ -97,17 +242,64 @@ class OnnxRuntime(Backend):
 
         return timing.ceilings(product, (1024, 2048, 4096), None, lambda: None, budget=2.0)
 
-    def start(self, model: bytes, *, profile: Path | None = None) -> Any:
-        """An ``InferenceSession`` of a serialised model on this provider, or `Unavailable`: never on another one.
+    def put(self, array: Array) -> Any:
+        """A copy of a host array where the provider keeps its values."""
+        from onnxruntime import OrtValue
 
-        With `profile` it records every node that it runs, in a file whose name begins so.
+        # On the host an OrtValue is a view of the array that it is made from.
+        return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self.memory, 0)
+
+    @cached_property
+    def memory(self) -> str:
+        """Where values are bound: the provider's own memory, or the host's where this build reaches no other."""
+        from onnxruntime import OrtValue
+
+        try:
+            OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), self.about.memory, 0)
+        except Exception:  # its errors have no common base
+            return "cpu"
+        return self.about.memory
+
+    def start(self, model: bytes, settings: Settings | None = None, *, profile: Path | None = None) -> Any:
+        """An ``InferenceSession`` of a serialised model on this provider, and never on another one.
+
+        With `profile` it records every node that it runs, in a file whose name begins so. Raises `Unavailable` where
+        the provider does not start, and `Unsupported` where it cannot run the model, or not all of it and
+        `Settings.strict` was asked for.
         """
         from onnxruntime import InferenceSession, SessionOptions
 
-        options = SessionOptions()
+        settings = settings or Settings(precision=next(iter(self.about.precisions)))
+        options, asked = SessionOptions(), dict(self.about.precisions.get(settings.precision, {}))
+        options.log_severity_level = 4 if settings.strict else 3  # what is fatal, or errors too
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        session = InferenceSession(model, options, providers=[self.provider])
+        if settings.strict and self.provider != "CPUExecutionProvider":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if self.about.name == "directml":  # as its page demands
+            options.enable_mem_pattern = False
+        devices = self._plugged()
+        how: dict[str, Any] = {"providers": [(self.provider, asked)]}
+        if devices:
+            options.add_provider_for_devices(devices[:1], asked)
+            how = {}
+        try:
+            # Its own fallback is to the CPU, with a line on standard output.
+            session = InferenceSession(model, options, enable_fallback=0, **how)
+        except Exception as error:  # its errors have no common base
+            first = str(error).strip().partition("\n")[0]
+            if "fallback to CPU EP has been explicitly disabled" in first:
+                raise Unsupported(
+                    f"{self.provider} does not run all of it, and what it leaves to the CPU was not to be: measure "
+                    "without strict to see which operators those are"
+                ) from error
+            kind = type(error).__name__
+            if kind in ("NotImplemented", "InvalidGraph", "InvalidProtobuf", "InvalidArgument"):
+                raise Unsupported(f"ONNX Runtime refuses the model: {kind}: {first}") from error
+            raise Unavailable(
+                f"ONNX Runtime could not start {self.provider}: {kind}: {first}",
+                "check the driver and the libraries that the provider needs",
+            ) from error
         started = session.get_providers()
         if started[0] != self.provider:
             raise Unavailable(
@@ -124,66 +316,71 @@ class OnnxRuntime(Backend):
         return dict(zip(names, session.run(names, {session.get_inputs()[0].name: inputs}), strict=True))
 
     @property
-    def _install(self) -> str:
-        return f"pip install 'portnet[{self.extra}]'"
+    def _plugin(self) -> str:
+        """The module of the provider's plug-in where one is installed."""
+        name = self.about.plugin
+        return name if name and importlib.util.find_spec(name) is not None else ""
+
+    def _plugged(self) -> list[Any]:
+        """The devices of a provider that came as a plug-in; none where it is part of the runtime."""
+        if not self._plugin:
+            return []
+        import onnxruntime
+
+        # Registered once a process; a second time is an error that says so.
+        with suppress(Exception):
+            library = import_module(self.about.plugin).get_library_path()
+            onnxruntime.register_execution_provider_library(self.about.plugin, library)
+        return [d for d in onnxruntime.get_ep_devices() if d.ep_name == self.provider]
 
     def _runtime(self) -> Any:
         installed = _distributions()
         if len(installed) > 1:
             raise Unavailable(
                 f"{' and '.join(installed)} are installed together and overwrite each other's files",
-                f"uninstall them all and install one: pip uninstall {' '.join(installed)}, then {self._install}",
+                f"uninstall them all and install one: pip uninstall {' '.join(installed)}, then {self.about.install}",
             )
         try:
             import onnxruntime
         except (ImportError, OSError) as error:
-            raise Unavailable(f"ONNX Runtime cannot be imported ({error})", self._install) from error
+            raise Unavailable(f"ONNX Runtime cannot be imported ({error})", self.about.install) from error
         if not hasattr(onnxruntime, "InferenceSession"):  # an empty folder still imports
             raise Unavailable(
                 "the installation of ONNX Runtime is damaged: files are missing, as after uninstalling one of two "
                 "distributions",
-                f"uninstall every onnxruntime distribution, then {self._install}",
+                f"uninstall every onnxruntime distribution, then {self.about.install}",
             )
         return onnxruntime
 
 
-class Cpu(OnnxRuntime):
-    name = "onnxruntime-cpu"
-    vendor = "any CPU"
-    provider = "CPUExecutionProvider"
-    extra = "cpu"
-
-
 class OnnxRuntimeSession(Session):
-    """One exported network. Values are host arrays, since ``run`` takes and returns them."""
+    """One exported network. Values are ``OrtValue``s, bound to a run and left where the provider keeps its own."""
 
-    def __init__(self, backend: OnnxRuntime, graph: Graph, weights: Weights) -> None:
-        self.backend, self.graph = backend, graph
+    def __init__(self, backend: OnnxRuntime, graph: Graph, weights: Weights, settings: Settings) -> None:
+        self.backend, self.graph, self.settings = backend, graph, settings
         # ONNX Runtime does not give initialisers back; nothing changes them either.
         self.parameters = {name: np.array(weights[name]) for name in graph.parameters}
         self.session = self._start()
         self.tracer: Any = None
+        self.binding: Any = None
 
     def _start(self, *, every_layer: bool = False, profile: Path | None = None) -> Any:
-        model = lower(self.graph, self.parameters, every_layer=every_layer).SerializeToString()
-        return self.backend.start(model, profile=profile)
+        half = self.backend.about.half and self.settings.precision == "float16"
+        model = lower(self.graph, self.parameters, every_layer=every_layer, half=half).SerializeToString()
+        return self.backend.start(model, self.settings, profile=profile)
 
-    def _profiled(self, run: Callable[[Any], object]) -> list[dict[str, Any]]:
-        """What ONNX Runtime recorded of the nodes that `run` ran on a session of its own."""
-        with TemporaryDirectory() as folder:
-            session = self._start(profile=Path(folder, "profile"))
-            run(session)
-            return nodes(json.loads(Path(session.end_profiling()).read_text()))
+    def put(self, array: Array) -> Any:
+        return self.backend.put(array)
 
-    def put(self, array: Array) -> Array:
-        return np.array(array, order="C")
+    def get(self, value: Any) -> Array:
+        return np.array(value.numpy())
 
-    def get(self, value: Array) -> Array:
-        return np.array(value)
-
-    def infer(self, images: Array) -> Array:
-        logits: Array = self.session.run([OUTPUT], {INPUT: images})[0]
-        return logits
+    def infer(self, images: Any) -> Any:
+        self.binding = self.session.io_binding()
+        self.binding.bind_ortvalue_input(INPUT, images)
+        self.binding.bind_output(OUTPUT, self.backend.memory)
+        self.session.run_with_iobinding(self.binding)
+        return self.binding.get_outputs()[0]
 
     def weights(self) -> dict[str, npt.NDArray[np.float32]]:
         return {name: value.copy() for name, value in self.parameters.items()}
@@ -194,7 +391,7 @@ class OnnxRuntimeSession(Session):
             raise Unsupported(f"{self.backend.name} does not train: trace it without labels and masks")
         if self.tracer is None:
             self.tracer = self._start(every_layer=True)
-        *layers, logits = self.tracer.run(None, {INPUT: images})
+        *layers, logits = (v.astype(np.float32) for v in self.tracer.run(None, {INPUT: images}))
         return Trace(layers=dict(zip((s.layer.name for s in self.graph.steps), layers, strict=True)), logits=logits)
 
     def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
@@ -211,7 +408,7 @@ class OnnxRuntimeSession(Session):
             finally:
                 self.session = usual
 
-        return elsewhere(self._profiled(stand_in), self.backend.provider)
+        return elsewhere(profiled(self._start, stand_in), self.backend.provider)
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers as ONNX Runtime's own profile has them: in the network, not singly.
@@ -222,32 +419,35 @@ class OnnxRuntimeSession(Session):
         if labels is not None:
             raise Unsupported(f"{self.backend.name} does not train: time its layers without labels")
 
-        def several(profiled: Any) -> None:
+        def several(timed: Any) -> None:
             for _ in range(_WARM + 7):
-                profiled.run([OUTPUT], {INPUT: images})
+                timed.run([OUTPUT], {INPUT: images})
 
-        return {name: LayerTime(forward=t) for name, t in by_layer(self._profiled(several), self.graph).items()}
+        seen = by_layer(profiled(self._start, several), self.graph)
+        return {name: LayerTime(forward=t) for name, t in seen.items()}
 
     def synchronize(self) -> None:
-        # Nothing can be outstanding: `run` on the CPU blocks until its threads have finished and the outputs are
-        # filled, and `put` and `get` are copies that are done when they return.
-        return
+        # A run returns when its outputs are filled (``disable_synchronize_execution_providers`` is not set); what is
+        # left is the provider's own stream.
+        if self.binding is not None:
+            self.binding.synchronize_outputs()
 
     def close(self) -> None:
-        self.session = self.tracer = None
+        self.session = self.tracer = self.binding = None
         self.parameters = {}
 
 
 class ExportedSession(OnnxRuntimeSession):
     """A model that came as a file: its outputs alone are known, no layers."""
 
-    def __init__(self, backend: OnnxRuntime, content: bytes, weights: Weights) -> None:
-        self.backend, self.content = backend, content
+    def __init__(self, backend: OnnxRuntime, content: bytes, weights: Weights, settings: Settings) -> None:
+        self.backend, self.content, self.settings = backend, content, settings
         self.parameters = {name: np.array(value) for name, value in weights.items()}
         self.session = self._start()
+        self.binding = None
 
     def _start(self, *, every_layer: bool = False, profile: Path | None = None) -> Any:
-        return self.backend.start(self.content, profile=profile)
+        return self.backend.start(self.content, self.settings, profile=profile)
 
     def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
         return Session.trace(self, images, labels, masks)
@@ -262,6 +462,14 @@ class ExportedSession(OnnxRuntimeSession):
 
 _WARM = 2
 """Runs before those that count."""
+
+
+def profiled(start: Callable[..., Any], run: Callable[[Any], object]) -> list[dict[str, Any]]:
+    """What ONNX Runtime recorded of the nodes that `run` ran on a session of its own, which `start` makes."""
+    with TemporaryDirectory() as folder:
+        session = start(profile=Path(folder, "profile"))
+        run(session)
+        return nodes(json.loads(Path(session.end_profiling()).read_text()))
 
 
 def nodes(profile: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -312,11 +520,12 @@ def by_layer(ran: Iterable[Mapping[str, Any]], graph: Graph) -> dict[str, float]
     return {name: found[name] for name in names if name in found}
 
 
-def _one_matmul(n: int) -> bytes:
-    """``c = a b`` of float32 ``(n, n)`` matrices, serialised."""
-    from onnx import TensorProto, helper
+def _one_matmul(n: int, dtype: type = np.float32) -> bytes:
+    """``c = a b`` of ``(n, n)`` matrices, serialised."""
+    from onnx import helper
 
-    a, b, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [n, n]) for name in "abc")
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    a, b, c = (helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc")
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
@@ -327,7 +536,31 @@ def _distributions() -> list[str]:
     return sorted(set(metadata.packages_distributions().get("onnxruntime", ())))
 
 
+def _version(module: str) -> str:
+    """Of the distribution that a module came from."""
+    names = metadata.packages_distributions().get(module, ())
+    return metadata.version(names[0]) if names else ""
+
+
+def _nvidia() -> dict[str, Any]:
+    """Name, memory in bytes and driver of the GPU that a process uses first; empty where the driver does not tell."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+    query = [
+        "nvidia-smi",
+        "-i",
+        chosen,
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, mebibytes, driver = (part.strip() for part in told.strip().split(","))
+        return {"name": name, "memory": int(mebibytes) * 2**20, "driver": driver}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+
+
 @hookimpl
 def portnet_backends() -> Iterable[Backend]:
     """One backend per execution provider."""
-    return [Cpu()]
+    return [OnnxRuntime(provider) for provider in PROVIDERS]

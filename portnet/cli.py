@@ -123,6 +123,7 @@ def _measuring_options(command: Callable[..., None]) -> Callable[..., None]:
             "--timeout", type=SILENCE, default=600.0, show_default=True, help="Seconds of silence of a process."
         ),
         click.option("--budget", metavar="TIME", help="Such as 9m: no round begins that would not end by then."),
+        click.option("--strict", is_flag=True, help="Refuse a stack of which a part would run on another device."),
         click.option("--quick", is_flag=True, help="One round of few blocks: figures that are not to be quoted."),
         click.option("--rounds", type=click.IntRange(1), help="Fresh processes per stack; 10, or 1 with --quick."),
         click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True),

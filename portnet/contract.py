@@ -62,7 +62,8 @@ class Settings:
     below the vendor's libraries: ``unfold`` (every convolution as one batched unfold and one matrix product) or
     ``direct`` (as the plain sum of its definition). `seed` keys the dropout masks. `engine`: how the work is issued,
     one of `Backend.engines`. `channels_last`: activations and filters lie in NHWC order on the device. `without`:
-    names of `Backend.library_layers` that the session itself must switch off.
+    names of `Backend.library_layers` that the session itself must switch off. `strict`: refuse to open where a part
+    would be computed elsewhere than on the device.
     """
 
     precision: str = "float32"
@@ -71,6 +72,7 @@ class Settings:
     engine: str = "eager"
     channels_last: bool = False
     without: tuple[str, ...] = ()
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +213,9 @@ class Session(ABC):
 class Backend(ABC):
     """A way to reach a device. Making one is free; only `probe` and `open` may load the vendor's software."""
 
-    name: ClassVar[str]
-    vendor: ClassVar[str]
+    name: str
+    """One of a kind; of the class, or where several share one, set by its constructor. So are `vendor` and `note`."""
+    vendor: str
     modes: ClassVar[tuple[Mode, ...]] = ("infer",)
     formulations: ClassVar[tuple[str, ...]] = ("portable",)
     engines: ClassVar[tuple[str, ...]] = ("eager",)
@@ -222,8 +225,10 @@ class Backend(ABC):
     """Environment variables that name folders in which the vendor's software keeps compiled code."""
     priority: ClassVar[int] = 0
     """Where ``auto`` ranks it, highest first; 0 is never chosen unasked."""
-    note: ClassVar[str] = ""
+    note: str = ""
     """What a user should know before believing it, shown wherever backends are listed."""
+    strict: ClassVar[bool] = False
+    """Whether it can tell beforehand that a part would be computed elsewhere, and refuse (`Settings.strict`)."""
 
     @abstractmethod
     def probe(self) -> Device:
@@ -271,6 +276,8 @@ class Backend(ABC):
             raise Unsupported(f"{self.name} has no engine {settings.engine!r}; it offers {', '.join(self.engines)}")
         if settings.channels_last not in self.layouts:
             raise Unsupported(f"{self.name} has no choice of layout; leave channels-last out")
+        if settings.strict and not self.strict:
+            raise Unsupported(f"{self.name} cannot tell beforehand what would run elsewhere; leave strict out")
         known = [layer.name for layer in self.library_layers(settings)]
         if unknown := set(settings.without) - set(known):
             raise Unsupported(

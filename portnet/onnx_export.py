@@ -39,6 +39,7 @@ def lower(
     batch: int | None = None,
     preprocess: bool = False,
     softmax: bool = False,
+    half: bool = False,
     every_layer: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> "onnx.ModelProto":
@@ -47,8 +48,9 @@ def lower(
     Input ``images``, float32 ``(batch, *graph.input)``, prepared as `portnet.preprocess` does it; output ``logits``,
     float32 ``(batch, *graph.output)``. `batch` fixes its size, which is open by default. With `preprocess` the input is
     ``pictures``, uint8 ``(batch, S, S, 3)``, RGB, cut to the network's size, and the model does all that follows. With
-    `softmax` the output is ``probabilities``. With `every_layer` each layer's value, the last one's too, is an output
-    under its name, in order and before the others.
+    `softmax` the output is ``probabilities``. With `half` weights and all values between the ends are float16, but for
+    the squares of local response normalisation, which overflow there. With `every_layer` each layer's value, the last
+    one's too, is an output under its name, in order and before the others.
 
     A layer's value carries the layer's name (the last one's is the logits), an initialiser the parameter's. The
     metadata hold `preset`; `options`, `normalisation` and `input`, the convention of the input (JSON); the SHA-256 of
@@ -73,24 +75,30 @@ def lower(
     def info(name: str, shape: tuple[int, ...], dtype: int = TensorProto.FLOAT) -> "onnx.ValueInfoProto":
         return helper.make_tensor_value_info(name, dtype, [batch or BATCH, *shape])
 
-    body, value, values = _Body(graph, weights), INPUT, []
+    body, value, values = _Body(graph, weights, half=half), INPUT, []
+    inner = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     taken = info(INPUT, graph.input)
     if preprocess:
         size = input_size(graph)
         values.append(taken)
         taken = info(PICTURES, (size, size, 3), TensorProto.UINT8)
         body.prepare(graph)
+    if half:
+        value = body.node("Cast", [INPUT], f"{INPUT}.half", to=TensorProto.FLOAT16)
     for step in graph.steps:
         last = step is graph.steps[-1]
-        target = OUTPUT if last and not every_layer else step.layer.name
+        target = OUTPUT if last and not (every_layer or half) else step.layer.name
         if not body.add(step, value, target):
             if not (last or every_layer):
                 continue
             body.node("Identity", [value], target)
-        values.append(info(target, step.output))
+        values.append(info(target, step.output, inner))
         value = target
-    if every_layer:
-        body.node("Identity", [value], OUTPUT)
+    if value != OUTPUT:
+        if half:
+            body.node("Cast", [value], OUTPUT, to=TensorProto.FLOAT)
+        else:
+            body.node("Identity", [value], OUTPUT)
         values.append(info(OUTPUT, graph.output))
     if softmax:
         body.node("Softmax", [OUTPUT], PROBABILITIES, axis=1)
@@ -148,22 +156,29 @@ def export(graph: Graph, weights: Weights, path: str | os.PathLike[str], **how: 
 class _Body:
     """Nodes and initialisers, as they gather."""
 
-    def __init__(self, graph: Graph, weights: Weights) -> None:
+    def __init__(self, graph: Graph, weights: Weights, *, half: bool) -> None:
+        self.half = half
         self.nodes: list[onnx.NodeProto] = []
         self.initialisers: list[onnx.TensorProto] = []
         for name in graph.parameters:
             self.constant(name, weights[name])
 
-    def constant(self, name: str, array: npt.NDArray[Any]) -> str:
+    def constant(self, name: str, array: npt.NDArray[Any], *, wide: bool = False) -> str:
         from onnx import numpy_helper
 
+        if self.half and not wide and array.dtype == np.float32:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float16)
+            if not np.isfinite(array).all():
+                raise WeightsError(f"{name} has values beyond 65,504, which float16 does not hold; export float32")
         self.initialisers.append(numpy_helper.from_array(array, name))
         return name
 
-    def node(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> None:
+    def node(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
         from onnx import helper
 
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+        return outputs[0]
 
     def prepare(self, graph: Graph) -> None:
         """Pictures to images, to the bit as `portnet.preprocess` normalises them."""
@@ -173,9 +188,9 @@ class _Body:
         mean, scale = (np.array(v, np.float32)[:, None, None] for v in (norm.mean, norm.scale))
         plain = bool((scale == 1).all())
         moved = INPUT if plain else f"{PICTURES}.centred"
-        self.node("Sub", [f"{PICTURES}.float", self.constant(f"{PICTURES}.mean", mean)], moved)
+        self.node("Sub", [f"{PICTURES}.float", self.constant(f"{PICTURES}.mean", mean, wide=True)], moved)
         if not plain:
-            self.node("Div", [moved, self.constant(f"{PICTURES}.scale", scale)], INPUT)
+            self.node("Div", [moved, self.constant(f"{PICTURES}.scale", scale, wide=True)], INPUT)
 
     def add(self, step: Step, x: str, y: str) -> bool:
         """Add the nodes that compute value `y` from value `x`; False where the layer leaves `x` as it is."""
@@ -227,10 +242,18 @@ class _Body:
                 f"{lrn.name} cannot be written to ONNX: its window of {lrn.size} channels is even, and ONNX centres "
                 "even windows otherwise than PyTorch; make it odd"
             )
+        if self.half:
+            x, narrow = self.node("Cast", [x], f"{lrn.name}.wide", to=1), y  # TensorProto.FLOAT
+            y = f"{lrn.name}.scaled"
         settings: dict[str, Any] = {"size": lrn.size, "alpha": lrn.alpha, "beta": lrn.beta, "bias": lrn.k}
         if lrn.groups == 1:
             self.node("LRN", [x], y, **settings)
-            return
+        else:
+            self._towers(lrn, channels, x, y, **settings)
+        if self.half:
+            self.node("Cast", [y], narrow, to=10)  # TensorProto.FLOAT16
+
+    def _towers(self, lrn: LRN, channels: int, x: str, y: str, **settings: Any) -> None:
         # Windows must not reach over the seam between towers.
         towers = [f"{lrn.name}.tower{i}" for i in range(lrn.groups)]
         inputs = [f"{tower}.input" for tower in towers]

@@ -53,7 +53,8 @@ class Spec:
     empty for AlexNet, of which `preset`, `image_size` and `classes` say which one. The training curve is run at
     `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps, and held against `perturbed` runs of
     equals; the gate, the clock and the timing at `image_size` and `batch`. `blocks` are timed in a process; 0 stops at
-    the gates. `quick` says that fewer samples were asked for than a figure to be quoted needs.
+    the gates. `quick` says that fewer samples were asked for than a figure to be quoted needs. `strict` refuses a stack
+    of which a part would run elsewhere than on the device, where its backend can tell beforehand.
     """
 
     backend: str
@@ -77,6 +78,7 @@ class Spec:
     seed: int = 0
     blocks: int = 30
     quick: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "without", tuple(self.without))  # JSON knows lists only

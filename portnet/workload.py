@@ -240,6 +240,7 @@ def effective(backend: Backend, spec: Spec) -> tuple[Settings, dict[str, str]]:
         seed=spec.seed,
         engine=spec.engine,
         channels_last=spec.channels_last,
+        strict=spec.strict,
     )
     known = {layer.name: layer for layer in backend.library_layers(settings)}
     environment: dict[str, str] = {}

@@ -31,7 +31,7 @@ from portnet.graph import (
 )
 from portnet.onnx_export import export, lower
 from portnet.weights import digest
-from portnet_backends.onnxruntime_ep import Cpu, portnet_backends
+from portnet_backends.onnxruntime_ep import OnnxRuntime
 
 BOUND = 1e-5  # Float32 made at most 3e-6 in these tests; the mildest mistake tried, merged towers, 7e-4.
 
@@ -477,7 +477,7 @@ def test_the_backend_computes_what_the_graph_says(tiny):
     graph, weights = tiny
     images = random_images(graph, 2)
     want = by_layer(graph, weights, images)
-    session = Cpu().open(graph, weights, Settings())
+    session = OnnxRuntime().open(graph, weights, Settings())
     on_device = session.put(images)
     images[:] = 0  # put has copied
     logits = session.infer(on_device)
@@ -498,7 +498,7 @@ def test_the_backend_computes_what_the_graph_says(tiny):
 def test_the_backends_weights_are_copies(tiny):
     graph, weights = tiny
     given = {name: value.copy() for name, value in weights.items()}
-    session = Cpu().open(graph, given, Settings())
+    session = OnnxRuntime().open(graph, given, Settings())
     given["fc3.bias"][:] = 7
     session.weights()["fc3.bias"][:] = 8
     kept = session.weights()
@@ -509,7 +509,7 @@ def test_the_backends_weights_are_copies(tiny):
 
 
 def test_put_leaves_dtype_and_shape(tiny):
-    session = Cpu().open(*tiny, Settings())
+    session = OnnxRuntime().open(*tiny, Settings())
     for array in (np.arange(6, dtype=np.int64), np.ones((2, 3), np.float32).T):
         value = session.get(session.put(array))
         assert value.dtype == array.dtype
@@ -517,7 +517,7 @@ def test_put_leaves_dtype_and_shape(tiny):
 
 
 def test_training_is_refused(tiny):
-    session = Cpu().open(*tiny, Settings())
+    session = OnnxRuntime().open(*tiny, Settings())
     images = random_images(tiny[0], 1)
     with pytest.raises(Unsupported, match="onnxruntime-cpu does not train"):
         session.trace(images, np.zeros(1, np.int64))
@@ -528,35 +528,29 @@ def test_training_is_refused(tiny):
 @pytest.mark.parametrize("settings", [Settings(precision="bfloat16"), Settings(formulation="stock")])
 def test_settings_it_cannot_keep_are_refused(tiny, settings):
     with pytest.raises(Unsupported, match="onnxruntime-cpu"):
-        Cpu().open(*tiny, settings)
+        OnnxRuntime().open(*tiny, settings)
 
 
 def test_probe_tells_the_device_and_the_runtime():
-    device = Cpu().probe()
+    device = OnnxRuntime().probe()
     assert device.precisions == ("float32",)
     assert device.versions == {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
-
-
-def test_backends_have_unlike_names_and_providers():
-    backends = list(portnet_backends())
-    assert [b.name for b in backends] == ["onnxruntime-cpu"]
-    assert len({b.provider for b in backends}) == len(backends)
 
 
 def test_two_distributions_at_once_are_refused(monkeypatch, tiny):
     both = {"onnxruntime": ["onnxruntime-gpu", "onnxruntime", "onnxruntime-gpu"], "onnx": ["onnx"]}
     monkeypatch.setattr(metadata, "packages_distributions", lambda: both)
     with pytest.raises(Unavailable, match="onnxruntime and onnxruntime-gpu are installed together") as caught:
-        Cpu().probe()
+        OnnxRuntime().probe()
     assert caught.value.remedy.endswith("pip uninstall onnxruntime onnxruntime-gpu, then pip install 'portnet[cpu]'")
     with pytest.raises(Unavailable):
-        Cpu().open(*tiny, Settings())
+        OnnxRuntime().open(*tiny, Settings())
 
 
 def test_distributions_with_a_like_name_do_not_count(monkeypatch):
     found = {"onnxruntime": ["onnxruntime"], "onnxruntime_extensions": ["onnxruntime-extensions"]}
     monkeypatch.setattr(metadata, "packages_distributions", lambda: found)
-    Cpu().probe()
+    OnnxRuntime().probe()
 
 
 def test_a_missing_runtime_names_the_remedy(monkeypatch):
@@ -569,26 +563,26 @@ def test_a_missing_runtime_names_the_remedy(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(Unavailable, match="No module named 'onnxruntime'") as caught:
-        Cpu().probe()
+        OnnxRuntime().probe()
     assert caught.value.remedy == "pip install 'portnet[cpu]'"
 
 
 def test_a_damaged_runtime_is_told_from_a_missing_one(monkeypatch):
     monkeypatch.delattr(onnxruntime, "InferenceSession")
     with pytest.raises(Unavailable, match="damaged"):
-        Cpu().probe()
+        OnnxRuntime().probe()
 
 
 def test_a_provider_the_runtime_lacks_is_unavailable(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OtherExecutionProvider"])
     with pytest.raises(Unavailable, match="no CPUExecutionProvider, only OtherExecutionProvider"):
-        Cpu().probe()
+        OnnxRuntime().probe()
 
 
 def test_a_session_on_another_provider_is_never_used(monkeypatch, tiny):
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["OtherExecutionProvider"])
     with pytest.raises(Unavailable, match="fell back to OtherExecutionProvider"):
-        Cpu().open(*tiny, Settings())
+        OnnxRuntime().open(*tiny, Settings())
 
 
 def test_listing_backends_loads_no_runtime():

@@ -6,7 +6,7 @@ import pytest
 from portnet.contract import Ceilings, Settings, Unsupported
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Linear, MaxPool, ReLU
 from portnet_backends import onnxruntime_ep, timing
-from portnet_backends.onnxruntime_ep import Cpu, by_layer, elsewhere, nodes
+from portnet_backends.onnxruntime_ep import OnnxRuntime, by_layer, elsewhere, nodes, profiled
 
 GRAPH = Graph(
     preset="tiny",
@@ -30,7 +30,9 @@ GRAPH = Graph(
 
 def session():
     rng = np.random.default_rng(0)
-    return Cpu().open(GRAPH, {k: rng.standard_normal(s, np.float32) for k, s in GRAPH.parameters.items()}, Settings())
+    return OnnxRuntime().open(
+        GRAPH, {k: rng.standard_normal(s, np.float32) for k, s in GRAPH.parameters.items()}, Settings()
+    )
 
 
 def images(batch=2):
@@ -77,21 +79,21 @@ def test_nothing_falls_back_from_the_cpus_provider(tmp_path, monkeypatch):
     usual, ran = s.session, []
 
     def run():
-        ran.append((s.session, s.infer(images())))
+        ran.append((s.session, s.infer(s.put(images()))))
 
     assert s.fallbacks(run) == {}
     (profiled, logits), *more = ran
     assert not more
     assert profiled is not usual
     assert s.session is usual
-    np.testing.assert_allclose(logits, s.infer(images()), rtol=1e-5)
+    np.testing.assert_allclose(s.get(logits), s.get(s.infer(s.put(images()))), rtol=1e-5)
     assert not list(tmp_path.iterdir()), "a profile was left behind"
 
 
 def test_a_real_profile_is_counted():
     """The same run, were another provider asked for: every node is elsewhere, each as often as it ran."""
     s = session()
-    ran = s._profiled(lambda profiled: [profiled.run(None, {"images": images()}) for _ in range(3)])
+    ran = profiled(s._start, lambda timed: [timed.run(None, {"images": images()}) for _ in range(3)])
     counted = elsewhere(ran, "FakeExecutionProvider")
     assert counted["LRN"] == 6  # two towers, three runs
     assert sum(counted.values()) == len(ran)
@@ -149,12 +151,12 @@ def test_layers_are_not_trained():
 
 
 def test_ceilings():
-    found = Cpu().ceilings("float32")
+    found = OnnxRuntime().ceilings("float32")
     assert 1e9 < found.flops < 1e14
     assert found.bandwidth is None
     assert set(found.samples) <= {"matmul_1024", "matmul_2048", "matmul_4096"}
     with pytest.raises(Unsupported, match="does not compute in 'bfloat16'"):
-        Cpu().ceilings("bfloat16")
+        OnnxRuntime().ceilings("bfloat16")
 
 
 def test_the_ceilings_model_multiplies(monkeypatch):
@@ -163,19 +165,19 @@ def test_the_ceilings_model_multiplies(monkeypatch):
         return Ceilings(flops=None, bandwidth=None)
 
     kept = {}
-    real = onnxruntime_ep.Cpu.start
+    real = onnxruntime_ep.OnnxRuntime.start
 
-    def start(self, model, **more):
+    def start(self, model, *more, **others):
         kept["model"] = model
-        return real(self, model, **more)
+        return real(self, model, *more, **others)
 
     monkeypatch.setattr(timing, "ceilings", spy)
-    monkeypatch.setattr(Cpu, "start", start)
-    Cpu().ceilings("float32")
+    monkeypatch.setattr(OnnxRuntime, "start", start)
+    OnnxRuntime().ceilings("float32")
     a, b = np.random.default_rng(0).random((2, 8, 8), np.float32)
-    (c,) = real(Cpu(), kept["model"]).run(None, {"a": a, "b": b})
+    (c,) = real(OnnxRuntime(), kept["model"]).run(None, {"a": a, "b": b})
     np.testing.assert_allclose(c, a @ b, rtol=1e-5)
 
 
 def test_the_processors_memory_is_the_hosts():
-    assert Cpu().probe().unified
+    assert OnnxRuntime().probe().unified
