@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from portnet.contract import (
     Array,
@@ -28,9 +27,7 @@ from portnet.contract import (
     Ceilings,
     Device,
     LayerTime,
-    Session,
     Settings,
-    Trace,
     Unavailable,
     Unsupported,
     Weights,
@@ -38,8 +35,10 @@ from portnet.contract import (
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
-from portnet.onnx_export import INPUT, OUTPUT, lower
+from portnet.onnx_export import OUTPUT, one_matmul
 from portnet_backends import timing
+from portnet_backends.onnx_session import OnnxSession
+from portnet_backends.onnxruntime_quantize import quantise
 
 NOT_VERIFIED = "not yet verified on hardware"
 
@@ -76,7 +75,15 @@ def _tensorrt() -> dict[str, dict[str, str]]:
     return {wide: {}, "float16": {"trt_fp16_enable": "1"}, "bfloat16": {"trt_bf16_enable": "1"}}
 
 
-CPU = Provider(name="cpu", title="CPU", vendor="any CPU", install=_extra("cpu"), unified=True, note="")
+CPU = Provider(
+    name="cpu",
+    title="CPU",
+    vendor="any CPU",
+    install=_extra("cpu"),
+    precisions={"float32": {}, "int8": {}},
+    unified=True,
+    note="",
+)
 PROVIDERS = (
     CPU,
     Provider(
@@ -118,7 +125,7 @@ PROVIDERS = (
         title="OpenVINO",
         vendor="Intel",
         install=_extra("openvino-ep"),
-        precisions={"float32": {"device_type": "CPU", "precision": "FP32"}},
+        precisions={p: {"device_type": "CPU", "precision": "FP32"} for p in ("float32", "int8")},
         unified=True,
         plugin="onnxruntime_ep_openvino",
         note="on the CPU",
@@ -137,7 +144,10 @@ PROVIDERS = (
         title="QNN",
         vendor="Qualcomm",
         install=f"on Windows or Linux for ARM64, {_extra('qnn')}",
-        precisions={"float16": {"backend_type": "htp", "enable_htp_fp16_precision": "1"}},
+        precisions={
+            "float16": {"backend_type": "htp", "enable_htp_fp16_precision": "1"},
+            "int8": {"backend_type": "htp"},
+        },
         unified=True,
         plugin="onnxruntime_qnn",
     ),
@@ -187,7 +197,7 @@ class OnnxRuntime(Backend):
             )
         n = 8
         ones = np.ones((n, n), np.float32)
-        ran = profiled(partial(self.start, _one_matmul(n)), lambda session: session.run(None, {"a": ones, "b": ones}))
+        ran = profiled(partial(self.start, one_matmul(n)), lambda session: session.run(None, {"a": ones, "b": ones}))
         if self.provider != "CPUExecutionProvider" and elsewhere(ran, self.provider).get("MatMul"):
             raise Unavailable(
                 f"{self.provider} starts, but a product asked of it ran on {ran[-1]['provider']}",
@@ -211,22 +221,27 @@ class OnnxRuntime(Backend):
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> "OnnxRuntimeSession":
         self.check(settings)
-        return OnnxRuntimeSession(self, graph, weights, settings)
+        return OnnxRuntimeSession(self, weights, settings, graph=graph)
 
-    def open_exported(self, content: bytes, weights: Weights, settings: Settings) -> "ExportedSession":
+    def open_exported(self, content: bytes, weights: Weights, settings: Settings) -> "OnnxRuntimeSession":
         """A serialised model of one input and one output, exported from a module with these weights."""
         self.check(settings)
-        return ExportedSession(self, content, weights, settings)
+        return OnnxRuntimeSession(self, weights, settings, content=content)
 
-    def ceilings(self, precision: str) -> Ceilings:
-        """Products by a model of one MatMul whose values stay on the provider's device. It has no copy to measure."""
+    def ceilings(self, precision: str) -> Ceilings | None:
+        """Products by a model of one MatMul whose values stay on the provider's device.
+
+        It has no copy to measure, and none of int8 without a calibration.
+        """
         settings = Settings(precision=precision)
         self.check(settings)
+        if precision == "int8":
+            return None
         narrow = self.about.half and precision == "float16"
         dtype: type = np.float16 if narrow else np.float32
 
         def product(n: int) -> timing.Work:
-            session = self.start(_one_matmul(n, dtype), settings)
+            session = self.start(one_matmul(n, dtype), settings)
             rng, binding = np.random.default_rng(n), session.io_binding()
             for name in ("a", "b"):
                 value = (rng.random((n, n), np.float32) - np.float32(0.5)).astype(dtype)
@@ -315,6 +330,15 @@ class OnnxRuntime(Backend):
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, {session.get_inputs()[0].name: inputs}), strict=True))
 
+    def quantise(self, content: bytes, batches: Iterable[Array], *, reduce_range: bool = False) -> Any:
+        """A serialised float32 model as an ``onnx.ModelProto`` of 8-bit integers, calibrated on batches of its input.
+
+        `reduce_range`: filters of 7 bits, for processors with AVX2 or AVX-512 but without VNNI, whose 16-bit sums
+        saturate otherwise (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+        """
+        self._runtime()
+        return quantise(content, batches, reduce_range=reduce_range)
+
     @property
     def _plugin(self) -> str:
         """The module of the provider's plug-in where one is installed."""
@@ -353,21 +377,22 @@ class OnnxRuntime(Backend):
         return onnxruntime
 
 
-class OnnxRuntimeSession(Session):
-    """One exported network. Values are ``OrtValue``s, bound to a run and left where the provider keeps its own."""
+class OnnxRuntimeSession(OnnxSession):
+    """Values are ``OrtValue``s, bound to a run and left where the provider keeps its own."""
 
-    def __init__(self, backend: OnnxRuntime, graph: Graph, weights: Weights, settings: Settings) -> None:
-        self.backend, self.graph, self.settings = backend, graph, settings
-        # ONNX Runtime does not give initialisers back; nothing changes them either.
-        self.parameters = {name: np.array(weights[name]) for name in graph.parameters}
-        self.session = self._start()
-        self.tracer: Any = None
-        self.binding: Any = None
+    backend: OnnxRuntime
+    binding: Any = None
 
-    def _start(self, *, every_layer: bool = False, profile: Path | None = None) -> Any:
-        half = self.backend.about.half and self.settings.precision == "float16"
-        model = lower(self.graph, self.parameters, every_layer=every_layer, half=half).SerializeToString()
+    @property
+    def half(self) -> bool:  # type: ignore[override]
+        return self.backend.about.half and self.settings.precision == "float16"
+
+    def start(self, model: bytes, *, profile: Path | None = None) -> Any:
         return self.backend.start(model, self.settings, profile=profile)
+
+    def outputs(self, started: Any, images: Array) -> list[Array]:
+        found: list[Array] = started.run(None, {started.get_inputs()[0].name: images})
+        return found
 
     def put(self, array: Array) -> Any:
         return self.backend.put(array)
@@ -376,23 +401,15 @@ class OnnxRuntimeSession(Session):
         return np.array(value.numpy())
 
     def infer(self, images: Any) -> Any:
-        self.binding = self.session.io_binding()
-        self.binding.bind_ortvalue_input(INPUT, images)
-        self.binding.bind_output(OUTPUT, self.backend.memory)
-        self.session.run_with_iobinding(self.binding)
+        self.binding = self.running.io_binding()
+        self.binding.bind_ortvalue_input(self.running.get_inputs()[0].name, images)
+        self.binding.bind_output(self.running.get_outputs()[0].name, self.backend.memory)
+        self.running.run_with_iobinding(self.binding)
         return self.binding.get_outputs()[0]
 
-    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
-        return {name: value.copy() for name, value in self.parameters.items()}
-
-    def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
-        """Inference laid open by a second session that keeps every layer, started at the first call."""
-        if labels is not None or masks is not None:
-            raise Unsupported(f"{self.backend.name} does not train: trace it without labels and masks")
-        if self.tracer is None:
-            self.tracer = self._start(every_layer=True)
-        *layers, logits = (v.astype(np.float32) for v in self.tracer.run(None, {INPUT: images}))
-        return Trace(layers=dict(zip((s.layer.name for s in self.graph.steps), layers, strict=True)), logits=logits)
+    def options(self) -> dict[str, str]:
+        """What the provider says is in force."""
+        return dict(self.running.get_provider_options().get(self.backend.provider, {}))
 
     def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
         """By operator, the nodes that `run` ran on another execution provider than the one asked for.
@@ -402,13 +419,13 @@ class OnnxRuntimeSession(Session):
         """
 
         def stand_in(profiled: Any) -> None:
-            usual, self.session = self.session, profiled
+            usual, self.running = self.running, profiled
             try:
                 run()
             finally:
-                self.session = usual
+                self.running = usual
 
-        return elsewhere(profiled(self._start, stand_in), self.backend.provider)
+        return elsewhere(profiled(partial(self.start, self.model()), stand_in), self.backend.provider)
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers as ONNX Runtime's own profile has them: in the network, not singly.
@@ -419,11 +436,14 @@ class OnnxRuntimeSession(Session):
         if labels is not None:
             raise Unsupported(f"{self.backend.name} does not train: time its layers without labels")
 
+        if self.graph is None:
+            return {}
+
         def several(timed: Any) -> None:
             for _ in range(_WARM + 7):
-                timed.run([OUTPUT], {INPUT: images})
+                self.outputs(timed, images)
 
-        seen = by_layer(profiled(self._start, several), self.graph)
+        seen = by_layer(profiled(partial(self.start, self.model()), several), self.graph)
         return {name: LayerTime(forward=t) for name, t in seen.items()}
 
     def synchronize(self) -> None:
@@ -433,31 +453,8 @@ class OnnxRuntimeSession(Session):
             self.binding.synchronize_outputs()
 
     def close(self) -> None:
-        self.session = self.tracer = self.binding = None
-        self.parameters = {}
-
-
-class ExportedSession(OnnxRuntimeSession):
-    """A model that came as a file: its outputs alone are known, no layers."""
-
-    def __init__(self, backend: OnnxRuntime, content: bytes, weights: Weights, settings: Settings) -> None:
-        self.backend, self.content, self.settings = backend, content, settings
-        self.parameters = {name: np.array(value) for name, value in weights.items()}
-        self.session = self._start()
-        self.binding = None
-
-    def _start(self, *, every_layer: bool = False, profile: Path | None = None) -> Any:
-        return self.backend.start(self.content, self.settings, profile=profile)
-
-    def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
-        return Session.trace(self, images, labels, masks)
-
-    def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
-        return {}
-
-    def close(self) -> None:
         super().close()
-        self.content = b""
+        self.binding = None
 
 
 _WARM = 2
@@ -518,17 +515,6 @@ def by_layer(ran: Iterable[Mapping[str, Any]], graph: Graph) -> dict[str, float]
             of = next(x.name for x in reversed(graph.layers[: names.index(of) + 1]) if isinstance(x, Conv))
         found[of] = found.get(of, 0.0) + median(taken[_WARM:] or taken)
     return {name: found[name] for name in names if name in found}
-
-
-def _one_matmul(n: int, dtype: type = np.float32) -> bytes:
-    """``c = a b`` of ``(n, n)`` matrices, serialised."""
-    from onnx import helper
-
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    a, b, c = (helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc")
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())
 
 
 def _distributions() -> list[str]:

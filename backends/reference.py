@@ -2,18 +2,20 @@
 
 ``float64`` is the oracle. ``float32`` sums in float32. The narrower precisions are emulated in float32: the operands
 of convolutions and products, and every stored activation and its gradient, are rounded (``tf32``: operands truncated,
-activations left alone), which is the error that a device of that precision makes by right.
+activations left alone; ``int8``: filters to 8 bits by output channel, activations by tensor), which is the error that
+a device of that precision makes by right.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from portnet import philox
-from portnet.contract import Array, Backend, Ceilings, Device, LayerTime, Mode, Session, Settings, Trace, Weights
+from portnet.contract import INT8, Array, Backend, Ceilings, Device, LayerTime, Mode, Session, Settings, Trace, Weights
 from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
@@ -47,11 +49,30 @@ def round_float16(x: Array) -> Array:
         return x.astype(np.float16).astype(np.float32)
 
 
+def round_uint8(x: Array) -> Array:
+    """Float32 values rounded to one of 256 evenly spaced ones between the least and the largest, 0 among them."""
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    scale = np.float32((high - low) / 255 or 1.0)
+    zero = np.round(-low / scale)
+    return (np.clip(np.round(x / scale) + zero, 0, 255) - zero).astype(np.float32) * scale
+
+
+def round_int8(w: Array) -> Array:
+    """Float32 filters rounded to one of 255 evenly spaced values, each output channel (axis 0) by its own largest."""
+    largest = np.abs(w.reshape(len(w), -1)).max(axis=1).reshape(-1, *[1] * (w.ndim - 1))
+    scale = np.where(largest, largest / 127, 1).astype(np.float32)
+    return np.round(w / scale).astype(np.float32) * scale
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Arithmetic:
+    """`fused`: a ReLU takes the sum of the layer before it as it is, and not as it would be stored."""
+
     dtype: type
     operand: Callable[[Array], Array] = _exact
     store: Callable[[Array], Array] = _exact
+    weight: Callable[[Array], Array] | None = None
+    fused: bool = False
 
 
 _ARITHMETICS = {
@@ -60,6 +81,8 @@ _ARITHMETICS = {
     "tf32": _Arithmetic(dtype=np.float32, operand=truncate_tf32),
     "bfloat16": _Arithmetic(dtype=np.float32, operand=round_bfloat16, store=round_bfloat16),
     "float16": _Arithmetic(dtype=np.float32, operand=round_float16, store=round_float16),
+    # The baseline of a quantised file's gate; nothing trains in it. Ranges are those of the batch itself.
+    INT8: _Arithmetic(dtype=np.float32, operand=round_uint8, store=round_uint8, weight=round_int8, fused=True),
 }
 
 
@@ -75,13 +98,14 @@ class Reference(Backend):
     def probe(self) -> Device:
         return Device(
             name=f"NumPy on {processor()}",
-            precisions=tuple(_ARITHMETICS),
+            precisions=tuple(p for p in _ARITHMETICS if p != INT8),
             versions={"numpy": np.__version__},
             unified=True,
         )
 
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> "ReferenceSession":
-        self.check(settings)
+        if settings.precision != INT8:
+            self.check(settings)
         return ReferenceSession(graph, weights, settings)
 
     def ceilings(self, precision: str) -> Ceilings:
@@ -176,8 +200,9 @@ class ReferenceSession(Session):
     def _forward(self, images: Array, masks: Mapping[str, Array] | None) -> list[Array]:
         """The input and every layer's output."""
         values = [self.arithmetic.store(images.astype(self.arithmetic.dtype))]
-        for layer in self.graph.layers:
-            values.append(self.arithmetic.store(self._layer(layer, values[-1], masks)))
+        for layer, after in pairwise((*self.graph.layers, None)):
+            y = self._layer(layer, values[-1], masks)
+            values.append(y if self.arithmetic.fused and isinstance(after, ReLU) else self.arithmetic.store(y))
         return values
 
     def _layer(self, layer: Layer, x: Array, masks: Mapping[str, Array] | None) -> Array:
@@ -264,10 +289,10 @@ class ReferenceSession(Session):
         raise TypeError(f"the reference has no gradient of {type(layer).__name__}")
 
     def _operands(self, layer: Layer) -> tuple[Array, Array]:
-        return (
-            self.arithmetic.operand(self.parameters[f"{layer.name}.weight"]),
-            self.arithmetic.operand(self.parameters[f"{layer.name}.bias"]),
-        )
+        w, b = (self.parameters[f"{layer.name}.{kind}"] for kind in ("weight", "bias"))
+        if self.arithmetic.weight is not None:
+            return self.arithmetic.weight(w), b
+        return self.arithmetic.operand(w), self.arithmetic.operand(b)
 
 
 def _chunks(flat: Array) -> list[Array]:

@@ -14,7 +14,7 @@ import click
 
 import portnet
 from portnet import cli_report, host, plugins
-from portnet.contract import PRECISIONS
+from portnet.contract import INT8, PRECISIONS
 from portnet.errors import InputError, PictureError, PluginError, PortNetError, RecordError, Unavailable, WeightsError
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
 @click.option("--backends", "names", help="With --all: only these, comma-separated.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(["train", "infer", "serve"]), help="Repeatable.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=[16], show_default=True)
-@click.option("--precision", type=click.Choice(PRECISIONS), help="For stacks that name none.")
+@click.option("--precision", type=click.Choice([*PRECISIONS, INT8]), help="For stacks that name none.")
 @click.option("--ablate", metavar="LAYERS", help="Comma-separated library layers to take away, all at once.")
 @_measuring_options
 def measure(
@@ -235,7 +235,7 @@ def measure(
         raise click.UsageError("name stacks, or give --all and perhaps --backends")
     ours = {k: options.pop(k) for k in ("rounds", "budget", "timeout", "out")}
     if precision:
-        stacks = tuple(s if any(p in PRECISIONS for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
+        stacks = tuple(s if any(p in (*PRECISIONS, INT8) for p in s.split("/")) else f"{s}/{precision}" for s in stacks)
     if every:
         chosen = [name.strip() for name in names.split(",")] if names else []
         plan = planning.everything(chosen, modes=modes, batches=batches, **options)

@@ -106,7 +106,7 @@ def _checks(
         yield Check("dropout masks, bit for bit", lambda: _masks(backend, plain))
     for mode in backend.modes:
         yield Check(f"synchronize waits ({mode})", lambda mode=mode: _waits(backend, plain, mode))  # type: ignore[misc]
-    for precision in offered:
+    for precision in (p for p in offered if p in PRECISIONS):
         for kind in LAYERS:
             # "direct" is compiled anew for every layer, shape and precision, which takes minutes: once is enough here,
             # since a measurement gates what it times at full size anyway.

@@ -16,6 +16,7 @@ from portnet.errors import Unavailable, Unsupported
 from portnet.graph import Graph
 
 __all__ = [
+    "INT8",
     "PRECISIONS",
     "Array",
     "Backend",
@@ -37,6 +38,8 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 Mode = Literal["infer", "train"]
 
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
+INT8 = "int8"
+"""The precision of a network that was calibrated on pictures beforehand: inference of a file, by 8-bit integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,10 @@ class Session(ABC):
         Empty when all of them stayed there; None where this cannot be told.
         """
         return None
+
+    def options(self) -> Mapping[str, Any]:
+        """What the vendor's runtime says is in force, in its own words, for the record; empty if it is mute."""
+        return {}
 
     def latest_weights(self) -> Any | None:
         """Some element of every parameter as one small device value that all updates so far went into.

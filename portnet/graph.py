@@ -13,7 +13,7 @@ from portnet.errors import InputError
 
 Shape = tuple[int, ...]
 
-ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a stored activation or operand, by precision."""
 
 

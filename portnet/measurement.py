@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from portnet import clock, lockin, parity, plugins, stats
-from portnet.contract import PRECISIONS, Array, Backend, Session, Settings
+from portnet.contract import INT8, PRECISIONS, Array, Backend, Session, Settings
 from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported
 from portnet.graph import Cost
 from portnet.own_model import workload
@@ -49,7 +49,7 @@ def parse_stack(stack: str) -> dict[str, Any]:
     name, *parts = stack.split("/")
     backend = plugins.backends()[name]
     found: dict[str, Any] = {"backend": name}
-    kinds = {"engine": backend.engines, "precision": PRECISIONS, "formulation": backend.formulations}
+    kinds = {"engine": backend.engines, "precision": (*PRECISIONS, INT8), "formulation": backend.formulations}
     for part in parts:
         kind = next((k for k, names in kinds.items() if part in names), None)
         if part == "channels-last":
@@ -189,6 +189,7 @@ class Measurement:
         began = perf_counter()
         self._step(session, self.inputs[0])
         stepped = perf_counter() - began
+        self._add(effective={**self.record.effective, "options": dict(session.options())})
         session.close()
         total = self.started + probed + opened + stepped
         times = {"start": self.started, "probe": probed, "open": opened, "first_step": stepped, "total": total}

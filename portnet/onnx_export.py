@@ -153,6 +153,17 @@ def export(graph: Graph, weights: Weights, path: str | os.PathLike[str], **how: 
     return write_atomically(path, data, InputError)
 
 
+def one_matmul(n: int, dtype: type[Any] = np.float32) -> bytes:
+    """``c = a b`` of ``(n, n)`` matrices, serialised: what runtimes are asked whether they are there, and how fast."""
+    from onnx import helper
+
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    a, b, c = (helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
 class _Body:
     """Nodes and initialisers, as they gather."""
 

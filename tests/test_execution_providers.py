@@ -16,9 +16,10 @@ from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
 from portnet.graph import LRN, Conv, Flatten, Graph, Linear, ReLU
 from portnet.measurement import Measurement
+from portnet.onnx_export import one_matmul
 from portnet.record import Spec
 from portnet_backends import onnxruntime_ep
-from portnet_backends.onnxruntime_ep import CPU, PROVIDERS, OnnxRuntime, Provider, _one_matmul
+from portnet_backends.onnxruntime_ep import CPU, PROVIDERS, OnnxRuntime, Provider
 
 AZURE = Provider(name="azure", title="Azure", vendor="anybody", install="nothing")
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
@@ -135,7 +136,7 @@ def test_a_provider_on_the_list_that_computes_on_the_cpu_is_not_believed():
 
 def test_strict_refuses_to_start_what_would_run_elsewhere():
     azure = OnnxRuntime(AZURE)
-    model = _one_matmul(8)
+    model = one_matmul(8)
     azure.start(model, Settings())
     with pytest.raises(Unsupported, match="AzureExecutionProvider does not run all of it"):
         azure.start(model, Settings(strict=True))
@@ -167,7 +168,7 @@ def test_a_driver_that_does_not_start_is_told(monkeypatch):
         OnnxRuntime(BY_NAME["cuda"]).start(b"", Settings())
 
 
-@pytest.mark.parametrize("model", [b"", b"no model", _one_matmul(8)[:-40]])
+@pytest.mark.parametrize("model", [b"", b"no model", one_matmul(8)[:-40]])
 def test_what_is_no_model_is_refused_by_type(model):
     with pytest.raises((Unsupported, Unavailable), match="ONNX Runtime"):
         OnnxRuntime().start(model)

@@ -1,5 +1,7 @@
 """ONNX Runtime's ceilings, its profile by layer, and the nodes that it gave to another execution provider."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -76,16 +78,16 @@ def test_nodes_of_another_provider_are_fallbacks():
 def test_nothing_falls_back_from_the_cpus_provider(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     s = session()
-    usual, ran = s.session, []
+    usual, ran = s.running, []
 
     def run():
-        ran.append((s.session, s.infer(s.put(images()))))
+        ran.append((s.running, s.infer(s.put(images()))))
 
     assert s.fallbacks(run) == {}
     (profiled, logits), *more = ran
     assert not more
     assert profiled is not usual
-    assert s.session is usual
+    assert s.running is usual
     np.testing.assert_allclose(s.get(logits), s.get(s.infer(s.put(images()))), rtol=1e-5)
     assert not list(tmp_path.iterdir()), "a profile was left behind"
 
@@ -93,7 +95,7 @@ def test_nothing_falls_back_from_the_cpus_provider(tmp_path, monkeypatch):
 def test_a_real_profile_is_counted():
     """The same run, were another provider asked for: every node is elsewhere, each as often as it ran."""
     s = session()
-    ran = profiled(s._start, lambda timed: [timed.run(None, {"images": images()}) for _ in range(3)])
+    ran = profiled(partial(s.start, s.model()), lambda timed: [timed.run(None, {"images": images()}) for _ in range(3)])
     counted = elsewhere(ran, "FakeExecutionProvider")
     assert counted["LRN"] == 6  # two towers, three runs
     assert sum(counted.values()) == len(ran)
@@ -101,14 +103,14 @@ def test_a_real_profile_is_counted():
 
 def test_the_session_comes_back_where_the_run_fails():
     s = session()
-    usual = s.session
+    usual = s.running
 
     def fail():
         raise RuntimeError("it broke")
 
     with pytest.raises(RuntimeError, match="it broke"):
         s.fallbacks(fail)
-    assert s.session is usual
+    assert s.running is usual
 
 
 def test_layers_of_a_real_profile():

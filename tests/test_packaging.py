@@ -17,7 +17,7 @@ pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-ENTRY_POINTS = {"reference", "cpu", "cuda", "rocm", "mps", "xpu", "accelerator", "onnxruntime"}
+ENTRY_POINTS = {"reference", "cpu", "cuda", "rocm", "mps", "xpu", "accelerator", "onnxruntime", "openvino"}
 
 # The user's own pip settings could bring an index or a constraint in.
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHONPATH"))} | {

@@ -1,0 +1,73 @@
+"""Inference of one ONNX model, whatever runs it. Imports no runtime."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from portnet.contract import Array, Backend, Session, Settings, Trace, Unsupported, Weights
+from portnet.graph import Graph
+from portnet.onnx_export import lower
+
+
+class OnnxSession(Session):
+    """A graph with its weights, or a model that came as a file: of that the output alone is known, no layers.
+
+    A subclass starts models, and runs the one in `running` by `put`, `infer`, `get` and `synchronize`.
+    """
+
+    half = False
+    """Whether the graph is written in float16, and not in float32 that the runtime narrows."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        weights: Weights,
+        settings: Settings,
+        *,
+        graph: Graph | None = None,
+        content: bytes = b"",
+    ) -> None:
+        if graph is not None and settings.precision == "int8":
+            raise Unsupported(
+                "int8 needs pictures to calibrate on: 'portnet quantize' makes such a file of an ONNX file"
+            )
+        self.backend, self.settings, self.graph, self.content = backend, settings, graph, content
+        # No runtime gives initialisers back; nothing changes them either.
+        self.parameters = {name: np.array(value) for name, value in weights.items()}
+        self.running: Any = self.start(self.model())
+        self.tracer: Any = None
+
+    @abstractmethod
+    def start(self, model: bytes) -> Any:
+        """The runtime's own object for a serialised model."""
+
+    @abstractmethod
+    def outputs(self, started: Any, images: Array) -> list[Array]:
+        """Everything that a started model gives for host images, in order."""
+
+    def model(self, *, every_layer: bool = False) -> bytes:
+        """What is run, serialised."""
+        if self.graph is None:
+            return self.content
+        return lower(self.graph, self.parameters, every_layer=every_layer, half=self.half).SerializeToString()
+
+    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {name: value.copy() for name, value in self.parameters.items()}
+
+    def trace(self, images: Array, labels: Array | None = None, masks: Mapping[str, Array] | None = None) -> Trace:
+        """Inference laid open by a second model that keeps every layer, started at the first call."""
+        if labels is not None or masks is not None:
+            raise Unsupported(f"{self.backend.name} does not train: trace it without labels and masks")
+        if self.graph is None:
+            return super().trace(images)
+        if self.tracer is None:
+            self.tracer = self.start(self.model(every_layer=True))
+        *layers, logits = (value.astype(np.float32) for value in self.outputs(self.tracer, images))
+        return Trace(layers=dict(zip((s.layer.name for s in self.graph.steps), layers, strict=True)), logits=logits)
+
+    def close(self) -> None:
+        self.running = self.tracer = None
+        self.parameters, self.content = {}, b""
