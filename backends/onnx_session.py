@@ -54,6 +54,9 @@ class OnnxSession(Session):
             return self.content
         return lower(self.graph, self.parameters, every_layer=every_layer, half=self.half).SerializeToString()
 
+    def file_size(self) -> int:
+        return len(self.model())
+
     def weights(self) -> dict[str, npt.NDArray[np.float32]]:
         return {name: value.copy() for name, value in self.parameters.items()}
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from portnet.contract import (
+    INT8,
     Array,
     Backend,
     Ceilings,
@@ -323,12 +324,16 @@ class OnnxRuntime(Backend):
             )
         return session
 
-    def run_model(self, content: bytes, inputs: Array) -> dict[str, Array]:
-        """What a serialised model of one input gives, by the outputs' names; what verifies an export."""
+    def run_model(self, content: bytes, inputs: Array | Mapping[str, Array]) -> dict[str, Array]:
+        """What a serialised model gives, by the outputs' names; what verifies an export.
+
+        `inputs`: its only one, or several by their names.
+        """
         self.probe()
         session = self.start(content)
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, {session.get_inputs()[0].name: inputs}), strict=True))
+        given = inputs if isinstance(inputs, Mapping) else {session.get_inputs()[0].name: inputs}
+        return dict(zip(names, session.run(names, given), strict=True))
 
     def quantise(self, content: bytes, batches: Iterable[Array], *, reduce_range: bool = False) -> Any:
         """A serialised float32 model as an ``onnx.ModelProto`` of 8-bit integers, calibrated on batches of its input.
@@ -415,7 +420,7 @@ class OnnxRuntimeSession(OnnxSession):
         """By operator, the nodes that `run` ran on another execution provider than the one asked for.
 
         ONNX Runtime gives what a provider cannot do to the CPU's, in silence. Counted on a session like this one,
-        which stands in for it while `run` lasts.
+        which stands in for it while `run` lasts. In int8 products and convolutions count that ran in floating point.
         """
 
         def stand_in(profiled: Any) -> None:
@@ -425,7 +430,9 @@ class OnnxRuntimeSession(OnnxSession):
             finally:
                 self.running = usual
 
-        return elsewhere(profiled(partial(self.start, self.model()), stand_in), self.backend.provider)
+        ran = profiled(partial(self.start, self.model()), stand_in)
+        wide = Counter(f"{node['operator']} in floating point" for node in ran if node["operator"] in _FLOATING)
+        return elsewhere(ran, self.backend.provider) | (dict(wide) if self.settings.precision == INT8 else {})
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers as ONNX Runtime's own profile has them: in the network, not singly.
@@ -457,6 +464,8 @@ class OnnxRuntimeSession(OnnxSession):
         self.binding = None
 
 
+_FLOATING = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+"""Operators whose integer forms have other names (QLinearConv, QGemm)."""
 _WARM = 2
 """Runs before those that count."""
 

@@ -5,12 +5,14 @@ precision control).
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from portnet.contract import (
+    INT8,
     Array,
     Backend,
     Ceilings,
@@ -164,8 +166,21 @@ class OpenVinoSession(OnnxSession):
         return {name: str(self.running.get_property(name)) for name in names if name in known}
 
     def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
-        """None: a model compiled for one device runs there, or is refused when it is compiled."""
-        return {}
+        """Convolutions and products of `run` that were computed in another precision than the one asked for.
+
+        None is elsewhere: a model that was compiled for one device runs there, or is refused. Counted on a request
+        like the session's, which stands in for it while `run` lasts.
+        """
+        usual = self.running, self.request
+        self.running = self.backend.start(self.model(), self.settings, PERF_COUNT=True)
+        self.request = self.running.create_infer_request()
+        try:
+            run()
+            self.synchronize()
+            ran = [(p.node_type, p.exec_type) for p in self.request.get_profiling_info() if p.real_time.total_seconds()]
+        finally:
+            self.running, self.request = usual
+        return other_precision(ran, self.settings.precision)
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers by OpenVINO's own counters: in the network, not singly.
@@ -188,6 +203,21 @@ class OpenVinoSession(OnnxSession):
     def close(self) -> None:
         super().close()
         self.request = None
+
+
+def other_precision(ran: Iterable[tuple[str, str]], precision: str) -> dict[str, int]:
+    """By operator and kernel, how often a convolution or a product (type, kernel) ran in another precision.
+
+    A kernel's name ends in its precision: ``brgconv_avx512_f32``, ``brgemm_avx512_I8``.
+    """
+    own = "i8" if precision == INT8 else _HINTS[precision]
+    wrong = Counter(
+        f"{operator} as {kernel}"
+        for operator, kernel in ran
+        if any(word in operator for word in ("Convolution", "FullyConnected", "MatMul"))
+        and kernel.lower().rpartition("_")[2] not in (own, own.replace("i8", "u8"))
+    )
+    return dict(wrong)
 
 
 def by_layer(seconds: Mapping[str, float], graph: Graph) -> dict[str, float]:

@@ -96,6 +96,23 @@ def text(name: str, key: str, make: Callable[[], Any]) -> Any:
     return found
 
 
+def arrays(name: str, key: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays that `make` gives by name; from the cache where some of that name and key are."""
+    path = folder() / f"{name}-{_digest(key)}.npz"
+
+    def load() -> dict[str, Any]:
+        # The archive's own checksums are what finds damage.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            return {key: held[key] for key in held.files}
+
+    found: dict[str, Any] | None = _read(path, load)
+    if found is None:
+        found, held = dict(make()), io.BytesIO()
+        np.savez(held, **found)
+        _write(path, held.getvalue())
+    return found
+
+
 def _digest(*content: str) -> str:
     sha = hashlib.sha256()
     for part in content:

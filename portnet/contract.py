@@ -193,6 +193,10 @@ class Session(ABC):
         """What the vendor's runtime says is in force, in its own words, for the record; empty if it is mute."""
         return {}
 
+    def file_size(self) -> int | None:
+        """Bytes of the model file that it runs; None where it runs none."""
+        return None
+
     def latest_weights(self) -> Any | None:
         """Some element of every parameter as one small device value that all updates so far went into.
 

@@ -300,6 +300,7 @@ def merge(records: Sequence[Record]) -> list[Record]:
                 reason=chosen.reason,
                 remedy=chosen.records[0].remedy,
                 gates=gates if findings or trained.gates else {},
+                answers=next((r.answers for r in group if r.answers), {}),
                 samples=samples,
             )
         )

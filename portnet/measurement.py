@@ -141,6 +141,9 @@ class Measurement:
         self._first_step(probed)
         if not (self._parity() and self._curve()):
             return False
+        if self.detail and spec.mode == "infer" and not spec.without:
+            self.say("trained weights on test pictures")
+            self._add(answers=self.workload.answers(self.backend, self.settings, self.say))
         if self.detail and not spec.quick:
             self._repeats()
         self.watch = Watch(self.backend.telemetry)
@@ -189,7 +192,7 @@ class Measurement:
         began = perf_counter()
         self._step(session, self.inputs[0])
         stepped = perf_counter() - began
-        self._add(effective={**self.record.effective, "options": dict(session.options())})
+        self._add(effective={**self.record.effective, "options": dict(session.options()), "file": session.file_size()})
         session.close()
         total = self.started + probed + opened + stepped
         times = {"start": self.started, "probe": probed, "open": opened, "first_step": stepped, "total": total}

@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 
 from portnet import cache, plugins, weights
+from portnet.calibration import TakesExports
 from portnet.clock import Inputs
-from portnet.contract import Array, Backend, Session, Settings, Unsupported, Weights
+from portnet.contract import INT8, Array, Backend, Session, Settings, Unsupported, Weights
 from portnet.errors import InputError
 from portnet.graph import Cost
 from portnet.host import processor
@@ -99,6 +100,41 @@ class Torch(Protocol):
     def baseline(self, model: Model, weights: Weights, precision: str, *, channels_last: bool = False) -> Session: ...
     def flops(self, model: Model, inputs: Array, targets: Array, *, training: bool) -> int: ...
     def export(self, model: Model, inputs: Array) -> bytes: ...
+    def freeze(self, module: object, example: object) -> "Frozen": ...
+
+
+class Frozen(Protocol):
+    """A copy of a module, in evaluation mode on the processor, for export."""
+
+    @property
+    def example(self) -> tuple[Array, ...]:
+        """Inputs for it."""
+
+    @property
+    def drew(self) -> bool:
+        """Whether any run drew at random; each from a seed of its own."""
+
+    def run(self, inputs: tuple[Array, ...]) -> list[Array]:
+        """Its outputs. Raises `InputError` where it fails on these inputs."""
+
+    def layers(self) -> Values:
+        """What submodules give on the example, by their names."""
+
+    def export(self, outputs: int, *, dynamic: bool) -> "FrozenExport":
+        """With the batch open or not. Raises `Unavailable`, `Unsupported` and `InputError`."""
+
+
+class FrozenExport(Protocol):
+    """A serialised ONNX model, the names of its inputs and outputs, and the value that holds a submodule's output."""
+
+    @property
+    def content(self) -> bytes: ...
+    @property
+    def inputs(self) -> list[str]: ...
+    @property
+    def outputs(self) -> list[str]: ...
+    @property
+    def layers(self) -> Mapping[str, str]: ...
 
 
 @runtime_checkable
@@ -106,13 +142,6 @@ class TakesModules(Protocol):
     """A backend that runs a user's module."""
 
     def open_module(self, model: Model, weights: Weights, settings: Settings) -> Session: ...
-
-
-@runtime_checkable
-class TakesExports(Protocol):
-    """A backend that runs inference of a serialised ONNX model."""
-
-    def open_exported(self, content: bytes, weights: Weights, settings: Settings) -> Session: ...
 
 
 def find(name: str) -> Callable[[], object]:
@@ -216,6 +245,8 @@ class OwnModel(Workload):
         return self._open(backend, self.start, settings)
 
     def _open(self, backend: Backend, start: Weights, settings: Settings) -> Session:
+        if settings.precision == INT8:
+            raise Unsupported("int8 is of PortNet's own network, and of files that 'portnet quantize' makes")
         if isinstance(backend, TakesModules):
             return backend.open_module(self.model, start, settings)
         if isinstance(backend, TakesExports):

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from portnet import alexnet, launch, measurement, own_model, parity, plugins, workload
-from portnet.contract import Backend, Device, Settings
+from portnet.contract import INT8, Backend, Device, Settings
 from portnet.errors import InputError, PortNetError, Unavailable
 from portnet.record import MODES, Record, Spec
 
@@ -144,6 +144,9 @@ def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: A
             for formulation in backend.formulations
             if formulation in ("portable", "stock")
         ]
+        # What a provider makes of fewer bits is asked of it in the same breath.
+        if precision == "float32" and INT8 in here[backend.name].precisions and not options.get("model"):
+            specs.append(_spec({"backend": backend.name, "precision": INT8}, **{"quick": True, **options}))
     # Nobody asks how fast the reference is, which is slow: its losses are what the others' are held against.
     specs = [replace(s, blocks=0) if parity.is_oracle(registry[s.backend]) else s for s in specs]
     groups = [tuple(replace(s, mode=mode) for s in specs if _does(s.backend, mode)) for mode in ("train", "infer")]

@@ -112,6 +112,9 @@ class Record:
       seconds; ``fallbacks`` operations by name; ``trend`` the drift of the blocks.
     - `training` holds the loss before each step, in nats, and in `perturbed` the losses of equals that began one
       rounding away. `weights` is the SHA-256 of the curve's initial weights.
+    - `answers` tells of test pictures, answered with trained weights (`weights`, their SHA-256) at `pixels` a side: of
+      `count` how many were `right`, and `right_by_reference`; on how many the highest logit is the float64 reference's
+      (`agree`); and the logits' worst relative `error` over classes.
     - `samples` holds, for the mode, the seconds of every timed block, its steps, and the images in a step (`batch`);
       and in `warm_up` the seconds of the blocks before them. `times` are the seconds to the first step, and of whole
       steps with their input.
@@ -130,6 +133,7 @@ class Record:
     weights: str = ""
     gates: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    answers: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, Any] = field(default_factory=dict)
     ceilings: Mapping[str, Any] = field(default_factory=dict)
@@ -325,6 +329,10 @@ _FORMS: Mapping[str, _Form] = {
         trend=_object(change=_number(), low=_number(null=True), high=_number(null=True), unsteady=_TRUTH),
     ),
     "training": _object(losses=_list(_number()), perturbed=_list(_list(_number()))),
+    "answers": _object(
+        weights=_TEXT, pixels=_POSITIVE_COUNT, count=_POSITIVE_COUNT, right=_COUNT, right_by_reference=_COUNT,
+        agree=_COUNT, error=_SIZE,
+    ),
     "samples": _map(_TIMED),
     "times": _map({**_MAYBE_SIZE, "type": ["number", "array", "null"], "items": _SPENT}),
     "ceilings": {

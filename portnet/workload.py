@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, cache, images, parity, plugins, stats, training, weights
+from portnet import alexnet, cache, calibration, images, parity, plugins, stats, trained, training, weights
 from portnet.clock import Inputs
-from portnet.contract import Backend, Session, Settings, Unavailable, Unsupported
+from portnet.contract import INT8, Array, Backend, Session, Settings, Unavailable, Unsupported
 from portnet.errors import PortNetError
 from portnet.graph import ITEMSIZE, Cost, Graph
 from portnet.parity import Verdict
@@ -27,6 +27,10 @@ Say = Callable[[str], None]
 PARITY_BATCH = 2
 DIFFERENT = 16
 """How many different images the batch that is timed is made of."""
+ANSWERED = 40
+"""Test pictures that are answered at a time; 360 digits are nine times as many."""
+LARGEST_ERROR = 1e300
+"""What stands for an error that is not finite: JSON has no infinity."""
 EQUALS = "cpu"
 """The backend whose runs show how far equals drift, once it has passed the gate."""
 
@@ -77,6 +81,10 @@ class Workload(ABC):
         none."""
         return {}
 
+    def answers(self, backend: Backend, settings: Settings, say: Say) -> dict[str, Any]:
+        """What the stack makes of test pictures with trained weights; empty if there are none. See `Record.answers`."""
+        return {}
+
 
 class AlexNet(Workload):
     """The graph of `spec`, on its data."""
@@ -105,10 +113,15 @@ class AlexNet(Workload):
         return self.graph.recipe.learning_rate
 
     def prepare(self) -> str:
+        if self.spec.precision == INT8:
+            calibration.calibrated(self.graph, self.start, self._pictures(self.graph))
         return weights.digest(self.start)
 
     def open(self, backend: Backend, settings: Settings) -> Session:
-        return backend.open(self.graph, self.start, settings)
+        return calibration.opened(backend, self.graph, self.start, settings, lambda: self._pictures(self.graph))
+
+    def _pictures(self, graph: Graph) -> Array:
+        return calibration.pictures(self.data.train, graph)
 
     def verdict(self, backend: Backend, settings: Settings) -> Verdict:
         train, batch = self.spec.mode == "train", self.spec.batch
@@ -149,6 +162,27 @@ class AlexNet(Workload):
             "losses": self._fit(graph, backend, settings, start, "training", say),
             "perturbed": self._equals(graph, settings, start, say),
             "weights": weights.digest(start),
+        }
+
+    def answers(self, backend: Backend, settings: Settings, say: Say) -> dict[str, Any]:
+        seen = trained.trained(
+            self.graph_of(self.spec.curve_size), self.data, self.spec.data, seed=self.spec.seed, say=say
+        )
+        session = calibration.opened(backend, seen.graph, seen.weights, settings, lambda: self._pictures(seen.graph))
+        count, size = len(seen.images), min(ANSWERED, len(seen.images))
+        # Batches of one size: the last takes some of the first pictures again.
+        chunks = (np.take(seen.images, range(i, i + size), axis=0, mode="wrap") for i in range(0, count, size))
+        logits = np.concatenate([session.get(session.infer(session.put(chunk))) for chunk in chunks])[:count]
+        session.close()
+        best = logits.argmax(axis=1)
+        return {
+            "weights": weights.digest(seen.weights),
+            "pixels": seen.graph.input[1],
+            "count": count,
+            "right": int((best == seen.labels).sum()),
+            "right_by_reference": seen.right,
+            "agree": int((best == seen.logits.argmax(axis=1)).sum()),
+            "error": min(parity.channel_error(logits, seen.logits), LARGEST_ERROR),
         }
 
     def _fit(
@@ -208,7 +242,7 @@ def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, tra
         return Verdict()
     case = parity.Case(graph, batch=PARITY_BATCH, seed=settings.seed)
     expected = cache.expect(case, settings.precision, train=train)
-    session = backend.open(case.gated, case.weights, settings)
+    session = calibration.opened(backend, case.gated, case.weights, settings, lambda: case.images)
     verdicts = [("", parity.judge(expected, session, train=train))]
     session.close()
     # What is timed runs at another batch size, for which a library may choose another algorithm.
@@ -223,7 +257,7 @@ def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, tra
 
 def _batched(graph: Graph, backend: Backend, settings: Settings, *, batch: int, train: bool) -> Verdict:
     case = parity.Case(graph, batch=DIFFERENT, seed=settings.seed)
-    session = backend.open(case.gated, case.weights, settings)
+    session = calibration.opened(backend, case.gated, case.weights, settings, lambda: case.images)
     verdict = parity.judge_batch(cache.expect_batch(case, settings.precision, train=train), session, batch)
     session.close()
     return verdict

@@ -10,8 +10,9 @@ from importlib import metadata
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
-from portnet import plugins
+from portnet import calibration, plugins
 from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
 from portnet.graph import LRN, Conv, Flatten, Graph, Linear, ReLU
@@ -74,7 +75,7 @@ def test_every_backend_of_the_table():
     ]
     assert len({b.provider for b in backends}) == len(backends)
     assert all(b.note for b in backends if b.name != "onnxruntime-cpu")
-    assert set(backends[0].about.precisions) == {"float32"}
+    assert set(backends[0].about.precisions) == {"float32", "int8"}
 
 
 def test_float32_is_asked_for_and_tf32_too(fake_runtime):
@@ -157,6 +158,25 @@ def test_everything_that_a_provider_leaves_to_the_cpu_is_counted(monkeypatch):
     found = session.fallbacks(lambda: session.infer(images))
     assert found["LRN"] == 2
     assert {"Conv", "Split", "Concat", "Flatten", "Gemm"} <= {n.removeprefix("Fused") for n in found}
+
+
+def test_what_of_int8_ran_in_floating_point_is_counted():
+    from onnx import load_from_string
+
+    cpu = OnnxRuntime()
+    content = calibration.calibrated(GRAPH, WEIGHTS, IMAGES)
+    session = cpu.open_exported(content, {}, Settings(precision="int8"))
+    images = session.put(IMAGES)
+    assert session.fallbacks(lambda: session.infer(images)) == {}
+    # The same, of which the product stayed in float32.
+    model = load_from_string(content)
+    for node in model.graph.node:
+        if node.op_type == "Gemm":
+            node.input[1] = "plain"
+            model.graph.initializer.add().CopyFrom(numpy_helper.from_array(WEIGHTS["fc1.weight"], "plain"))
+    session = cpu.open_exported(model.SerializeToString(), {}, Settings(precision="int8"))
+    (counted,) = session.fallbacks(lambda: session.infer(images)).items()
+    assert counted in {("Gemm in floating point", 1), ("FusedGemm in floating point", 1)}
 
 
 def test_a_driver_that_does_not_start_is_told(monkeypatch):

@@ -802,7 +802,7 @@ def test_a_wrong_seed(seed, tmp_path):
 
 
 def test_precisions_and_formulations_that_are_not_there():
-    says = "onnxruntime-cpu does not compute in 'bfloat16' on .*; it offers float32$"
+    says = "onnxruntime-cpu does not compute in 'bfloat16' on .*; it offers float32, int8$"
     refuses(Unsupported, says, lambda: tiny("onnxruntime-cpu", precision="bfloat16"))
     refuses(Unsupported, "does not compute in 'float13'.*it offers float64", lambda: tiny(precision="float13"))
     says = "reference has no formulation 'stock'; it offers portable"

@@ -533,7 +533,7 @@ def test_settings_it_cannot_keep_are_refused(tiny, settings):
 
 def test_probe_tells_the_device_and_the_runtime():
     device = OnnxRuntime().probe()
-    assert device.precisions == ("float32",)
+    assert device.precisions == ("float32", "int8")
     assert device.versions == {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
 

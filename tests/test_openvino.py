@@ -5,10 +5,10 @@ import builtins
 import numpy as np
 import pytest
 
-from portnet import alexnet, conformance, parity, plugins, weights
+from portnet import alexnet, calibration, conformance, parity, plugins, weights
 from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
-from portnet_backends.openvino_device import OpenVino, OpenVinoGpu, by_layer
+from portnet_backends.openvino_device import OpenVino, OpenVinoGpu, by_layer, other_precision
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'portnet[openvino]'")
 
@@ -52,6 +52,35 @@ def test_another_precision_than_asked_for_is_refused(monkeypatch):
     model = opened().model()
     with pytest.raises(Unsupported, match="was asked for f32 and computes in bf16"):
         backend.start(model, Settings(), INFERENCE_PRECISION_HINT="bf16")
+
+
+@pytest.mark.parametrize("precision", CAN)
+def test_kernels_of_another_precision_are_told(precision):
+    images = CASE.images
+    session = calibration.opened(OpenVino(), GRAPH, WEIGHTS, Settings(precision=precision), lambda: images)
+    usual = session.running
+    given = session.put(images)
+    assert session.fallbacks(lambda: session.infer(given)) == {}
+    assert session.running is usual
+    # The same kernels, had another precision been asked for: five convolutions and three products.
+    session.settings = Settings(precision="float32" if precision == "int8" else "int8")
+    told = session.fallbacks(lambda: session.infer(given))
+    assert sum(told.values()) == 8, told
+
+
+def test_what_a_kernel_is_called():
+    ran = [("Convolution", "brgconv_avx512_f32"), ("GroupConvolution", "brgconv_avx512_I8"), ("LRN", "jit_avx512_f32")]
+    ran += [("FullyConnected", "brgemm_avx512_bf16"), ("MatMul", "undef")]
+    assert other_precision(ran, "float32") == {
+        "GroupConvolution as brgconv_avx512_I8": 1,
+        "FullyConnected as brgemm_avx512_bf16": 1,
+        "MatMul as undef": 1,
+    }
+    assert set(other_precision(ran, "int8")) == {
+        "Convolution as brgconv_avx512_f32",
+        "FullyConnected as brgemm_avx512_bf16",
+        "MatMul as undef",
+    }
 
 
 def test_a_result_outlives_the_next_run():

@@ -70,6 +70,7 @@ def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) 
         named=named,
         explained=[(label, row.record) for label, row in named if row.record.reason or row.record.remedy],
         table=table,
+        answers=_answers(figures),
         spread=None if (drifted := spread(records)) is None else table.error(drifted),
         quick=any(row.spec.quick for row in figures),
         devices=shared([(label, row.record.device) for label, row in named]),
@@ -81,6 +82,11 @@ def render(records: Sequence[Record], problems: Sequence[Exception | str] = ()) 
 def write(records: Sequence[Record], path: str | os.PathLike[str], problems: Sequence[Exception | str] = ()) -> Path:
     """Write the page to a file, whole or not at all; returns its path. Raises `RecordError`."""
     return write_atomically(path, render(records, problems).encode(), RecordError)
+
+
+def _answers(figures: Sequence[Row]) -> Grid | None:
+    lines = table.answered(figures)
+    return Grid(caption=table.answers_told(figures), columns=table.ANSWERS, rows=lines) if lines else None
 
 
 def _absent(record: Record) -> bool:

@@ -22,7 +22,12 @@ STYLES = {"works": "green", "partial": "yellow", "not available": "dim", "not me
 
 def everything(rows: Sequence[Row]) -> list[Table]:
     """All there is to print, in order."""
-    return [summary(rows), losses(rows)] if any(row.losses for row in rows) else [summary(rows)]
+    found = [summary(rows)]
+    if any(row.losses for row in rows):
+        found.append(losses(rows))
+    if any(row.record.answers for row in rows):
+        found.append(answers(rows))
+    return found
 
 
 def summary(rows: Sequence[Row]) -> Table:
@@ -74,6 +79,59 @@ def losses(rows: Sequence[Row], at_most: int = 12) -> Table:
         table.add_column(Text(label.replace("/", "/\n").replace(" (", "\n(")), justify="right", overflow="fold")
     for step in steps:
         table.add_row(Text(str(step + 1)), *(Text(_loss(values, step)) for _, values in named))
+    return table
+
+
+ANSWERS = ("Stack", "Top-1", "As the reference", "Logit error", "Images/s", "File, MB")
+"""Columns of what stacks make of test pictures with trained weights."""
+
+
+def answered(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line for each stack that answered, under the headings of `ANSWERS`."""
+    lines = []
+    for label, row in zip(labels(rows), rows, strict=True):
+        if not (seen := row.record.answers):
+            continue
+        size = row.record.effective.get("file")
+        lines.append(
+            (
+                label,
+                f"{seen['right'] / seen['count']:.1%}",
+                f"{seen['agree']} of {seen['count']}",
+                error(seen["error"]),
+                speed(row, "infer"),
+                f"{size / 1e6:.1f}" if isinstance(size, int) else "no file",
+            )
+        )
+    return lines
+
+
+def answers_told(rows: Sequence[Row]) -> str:
+    """What `answered` is about, in sentences."""
+    given = [row.record.answers for row in rows if row.record.answers]
+    networks = {(seen["weights"], seen["pixels"], seen["count"]) for seen in given}
+    if len(networks) > 1:
+        return "Not all stacks had the same trained weights or pictures: compare only those that did."
+    seen = given[0]
+    return (
+        f"Trained weights (SHA-256 {plain(seen['weights'])[:16]}) on {seen['count']} test pictures at {seen['pixels']} "
+        f"pixels, the same for every stack; the float64 reference ranks {seen['right_by_reference']} of them right. "
+        "As the reference: how often its first class is the reference's. Images/s and the file are of the network that "
+        "was timed."
+    )
+
+
+def answers(rows: Sequence[Row]) -> Table:
+    """Accuracy, agreement with the reference, speed and file of each stack that infers."""
+    table = _table()
+    table.leading = 1
+    for name in ANSWERS:
+        table.add_column(name.replace(", ", ",\n").replace("As the ", "As the\n"), overflow="fold",
+                         justify="left" if name == "Stack" else "right")  # fmt: skip
+    for label, *cells in answered(rows):
+        table.add_row(Text(_broken(label, 26)), *(Text(cell.replace(" quick", "\nquick")) for cell in cells))
+    table.caption = Text(f"\n{answers_told(rows)}")
+    table.caption_style, table.caption_justify = "", "left"
     return table
 
 

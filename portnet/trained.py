@@ -1,0 +1,76 @@
+"""The trained network and the pictures on which accuracy and agreement are told, the same for every stack.
+
+Trained once a machine and kept (see `portnet.cache`); whoever trains it, all stacks there get these weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from portnet import cache, images, parity, plugins, training, weights
+from portnet.contract import Array, Settings, Unavailable
+from portnet.graph import Graph
+from portnet.images import Splits
+
+STEPS, BATCH = 210, 64
+"""Of the training; 210 steps are ten epochs of the digits."""
+LARGEST = 1000
+"""Pictures of the test split at most."""
+TRAINERS = ("cpu", "reference")
+"""Backends that may train it, the first that is here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """`images` float32 ``(n, *graph.input)`` and `labels` int64 ``(n,)`` of the test split; `logits` float64
+    ``(n, classes)``, the reference's."""
+
+    graph: Graph
+    weights: dict[str, npt.NDArray[np.float32]]
+    images: Array
+    labels: Array
+    logits: Array
+
+    @property
+    def right(self) -> int:
+        """How many pictures the reference ranks right."""
+        return int((self.logits.argmax(axis=1) == self.labels).sum())
+
+
+def trained(graph: Graph, data: Splits, name: str, *, seed: int, say: Callable[[str], None]) -> Trained:
+    """The network trained on a data set of that name by its recipe, and what the float64 reference makes of it."""
+    for trainer in TRAINERS:
+        backend = plugins.backends()[trainer]
+        try:
+            device = plugins.probe(backend)
+            break
+        except Unavailable:
+            continue
+    batch = min(BATCH, len(data.train))
+
+    def train() -> dict[str, Array]:
+        session = backend.open(graph, weights.initial(graph, seed), Settings(seed=seed))
+        training.fit(
+            session,
+            training.training_batches(data, graph, seed=seed, batch=batch, steps=STEPS),
+            learning_rate=graph.recipe.learning_rate,
+            on_step=lambda step, loss: say(f"training for the accuracy, step {step} of {STEPS}, loss {loss:.3f}"),
+        )
+        found = session.weights()
+        session.close()
+        return dict(found)
+
+    shown = next(images.evaluation_batches(data.test, graph, batch=min(LARGEST, len(data.test))))
+    key = repr((graph, name, seed, batch, STEPS, device, cache.sources(backend), weights.digest({"i": shown.images})))
+    values = cache.arrays("trained", key, train)
+
+    def refer() -> dict[str, Array]:
+        say("what the reference makes of the trained network")
+        session = parity.oracle(plugins.backends()["reference"]).open(graph, values, Settings(precision="float64"))
+        parts = (session.trace(shown.images[i : i + 16]).logits for i in range(0, len(shown.images), 16))
+        return {"logits": np.concatenate(list(parts))}
+
+    logits = cache.arrays("answers", key + weights.digest(values), refer)["logits"]
+    return Trained(graph=graph, weights=values, images=shown.images, labels=shown.labels, logits=logits)
