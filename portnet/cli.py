@@ -20,6 +20,7 @@ from portnet.errors import InputError, PictureError, PluginError, PortNetError, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from portnet.model import OnnxNetwork
     from portnet.plan import Plan
     from portnet.record import Record, Spec
 
@@ -441,7 +442,7 @@ def train(
 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=FILE)
-@click.option("--weights", required=True, type=FILE, help="A file that 'portnet train --save' wrote.")
+@click.option("--weights", required=True, type=FILE, help="Of 'portnet train --save', or a file.onnx of 'export'.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to name for each picture.")
@@ -456,8 +457,12 @@ def infer(
     skip_unreadable: bool,
     as_json: bool,
 ) -> None:
-    """Classify pictures with trained weights."""
-    net = portnet.AlexNet.load(weights, backend, precision=precision)
+    """Classify pictures with trained weights, or with an exported ONNX file as it is."""
+    net: portnet.AlexNet | OnnxNetwork
+    if weights.suffix == ".onnx":
+        net = portnet.open_onnx(weights, "onnxruntime-cpu" if backend == "auto" else backend)
+    else:
+        net = portnet.AlexNet.load(weights, backend, precision=precision)
     found, missing = [], False
     for path in images:
         try:
@@ -484,6 +489,7 @@ def infer(
 @click.option("--backend", default="auto", show_default=True, help="The session that the file is compared with.")
 @click.option("--preprocess", is_flag=True, help="Take uint8 pictures, (batch, S, S, 3), and prepare them in the file.")
 @click.option("--softmax", is_flag=True, help="Give probabilities instead of logits.")
+@click.option("--half", is_flag=True, help="Weights of float16: half the size.")
 @click.option("--opset", type=int, default=17, show_default=True)
 @click.option("--one-image", is_flag=True, help="Fix the batch to one image; any batch by default.")
 @click.option("--no-verify", is_flag=True, help="Do not run the file on ONNX Runtime and compare.")
@@ -494,6 +500,7 @@ def export(
     backend: str,
     preprocess: bool,
     softmax: bool,
+    half: bool,
     opset: int,
     one_image: bool,
     no_verify: bool,
@@ -501,8 +508,9 @@ def export(
     """Write a network to one ONNX file, and check that it computes the same."""
     net = portnet.AlexNet.load(weights, backend) if weights else portnet.AlexNet(backend, preset)
     done = net.export_onnx(
-        path, opset=opset, dynamic_batch=not one_image, preprocess=preprocess, softmax=softmax, verify=not no_verify
-    )
+        path, opset=opset, dynamic_batch=not one_image, preprocess=preprocess, softmax=softmax, half=half,
+        verify=not no_verify,
+    )  # fmt: skip
     size = done.path.stat().st_size / 1e6
     click.echo(f"{done.path}: {net.graph.preset}, {size:.1f} MB")
     if done.error is not None:
@@ -511,6 +519,54 @@ def export(
             click.echo(f"of all layers {done.worst} differs most, by {done.layers[done.worst]:.1e}")
     elif not no_verify:
         click.echo("not run: ONNX Runtime is not installed (pip install 'portnet[cpu]')")
+
+
+@main.command()
+@click.argument("source", type=FILE)
+@click.argument("target", type=FILE)
+@click.option("--data", default="digits", show_default=True, help="digits, synthetic, or a folder of class/name.jpg.")
+@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Where both files are run.")
+@click.option(
+    "--pictures", type=click.IntRange(1), default=128, show_default=True, help="Training pictures to calibrate on."
+)
+@click.option("--reduce-range", is_flag=True, help="Filters of 7 bits, for x86 processors without VNNI.")
+@click.option(
+    "--keep", type=click.FloatRange(0, 1), default=0.99, show_default=True, help="Share of float32's accuracy."
+)
+@click.option("--json", "as_json", is_flag=True)
+def quantize(
+    source: Path,
+    target: Path,
+    data: str,
+    backend: str,
+    pictures: int,
+    reduce_range: bool,
+    keep: float,
+    as_json: bool,
+) -> None:
+    """Quantise a float32 ONNX file to 8-bit integers, and hold it against that on the test pictures.
+
+    Exit status 1 if less than --keep of float32's accuracy is left.
+    """
+    from portnet.quantization import BATCH
+    from portnet.quantization import quantize as quantise
+
+    done = quantise(
+        source, target, data, backend=backend, pictures=pictures, reduce_range=reduce_range, keep=keep,
+        say=lambda line: None if as_json else click.echo(f"{line} ...", err=True),
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps({**asdict(done), "size": done.size, "kept": done.kept}, indent=1))
+        return
+    click.echo(f"{done.path}: {done.bytes / 1e6:.1f} MB, {done.size:.3f} of float32's {done.bytes_before / 1e6:.1f} MB")
+    click.echo(
+        f"top-1 {done.int8.top1:.1%} of {done.int8.count} test pictures, float32 {done.float32.top1:.1%}; "
+        f"{done.agree} ranked alike"
+    )
+    click.echo(
+        f"on {done.backend} {done.speedup:.2f} times as fast at batch {BATCH} (quick: {done.slowest:.2f} to "
+        f"{done.fastest:.2f} in one process)"
+    )
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -64,6 +64,14 @@ def test_filters_are_rounded_channel_by_channel():
     assert np.abs(rounded).max() == pytest.approx(np.abs(w).max(), rel=1e-6)
 
 
+def test_the_baseline_stores_every_activation_in_8_bits():
+    case = parity.Case(graph("caffe", 67), batch=2)
+    layers = REFERENCE.open(case.graph, case.weights, INT8).trace(case.images).layers
+    for name, following in zip(layers, [*list(layers)[1:], ""], strict=True):
+        # What a ReLU takes is not stored.
+        assert (len(np.unique(layers[name])) <= 256) != following.startswith("relu"), name
+
+
 def test_the_reference_offers_no_int8():
     assert "int8" not in REFERENCE.probe().precisions
 

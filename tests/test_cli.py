@@ -25,7 +25,7 @@ from portnet.record import Record
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
 COMMANDS = (
     *("ablate", "backends", "check", "compare", "diff", "divergence", "export", "infer", "measure", "project"),
-    *("records", "report", "summary", "train"),
+    *("quantize", "records", "report", "summary", "train"),
 )
 TINY = ("--preset", "tiny", "--backend", "reference")
 

@@ -150,6 +150,15 @@ def test_backends_that_cannot_tell_refuse_strict():
         plugins.backends()["cpu"].check(Settings(strict=True))
 
 
+def test_a_strict_measurement_of_what_cannot_tell_is_refused():
+    measurement = Measurement(Spec(backend="cpu", strict=True))
+    assert not measurement.prepare()
+    record = measurement.finish()
+    assert record.outcome == "not available"
+    assert "cannot tell beforehand what would run elsewhere" in record.reason
+    assert record.effective["strict"]
+
+
 def test_everything_that_a_provider_leaves_to_the_cpu_is_counted(monkeypatch):
     azure = OnnxRuntime(AZURE)
     monkeypatch.setattr(azure, "probe", lambda: plugins.probe(plugins.backends()["onnxruntime-cpu"]))

@@ -316,6 +316,47 @@ def test_names_tell_records_apart() -> None:
     assert len(set(named(CPU, again, bigger, elsewhere))) == 4
 
 
+GIVEN = {"weights": "cd" * 32, "pixels": 99, "count": 360, "right": 342, "right_by_reference": 343, "agree": 359}
+ANSWERED = replace(INFERS, answers={**GIVEN, "error": 1.2e-7}, effective={"file": 227_640_164})
+PLAIN = replace(CPU, answers={**GIVEN, "right": 343, "agree": 360, "error": 3e-7})
+
+
+def test_answers_stand_side_by_side() -> None:
+    rows = lockin.rows([REFERENCE, PLAIN, ANSWERED, ABSENT])
+    assert table.answered(rows) == [
+        ("cpu/eager/float32", "95.3%", "360 of 360", "3.0e-07", "4,800 quick", "no file"),
+        ("onnxruntime/eager/float32", "95.0%", "359 of 360", "1.2e-07", "4,800 quick", "227.6"),
+    ]
+    told = table.answers_told(rows)
+    assert "(SHA-256 cdcdcdcdcdcdcdcd) on 360 test pictures at 99 pixels" in told
+    assert "the float64 reference ranks 343 of them right" in told
+    shown = Page(page.render([REFERENCE, PLAIN, ANSWERED, ABSENT]))
+    assert ["onnxruntime/eager/float32", "95.0%", "359 of 360", "1.2e-07", "4,800 quick", "227.6"] in shown.rows
+    assert table.answered(lockin.rows([REFERENCE, CPU])) == []
+    assert "Trained weights, test pictures" not in page.render([REFERENCE, CPU])
+
+
+def test_answers_of_other_weights_are_not_held_together() -> None:
+    other = replace(ANSWERED, answers={**GIVEN, "weights": "ef" * 32, "error": 0.0})
+    assert table.answers_told(lockin.rows([PLAIN, other])).startswith("Not all stacks had the same trained weights")
+
+
+def test_answers_of_training_and_inference_meet_in_one_row() -> None:
+    train = replace(CPU, spec=replace(CPU.spec, mode="train"))
+    infer = replace(PLAIN, spec=replace(CPU.spec, mode="infer"), training={})
+    for given in ([train, infer], [infer, train]):
+        (merged,) = lockin.merge(given)
+        assert merged.answers == PLAIN.answers
+        assert merged.training == CPU.training
+
+
+def test_answers_fit_80_columns() -> None:
+    long = replace(LONG, answers=ANSWERED.answers, effective=ANSWERED.effective)
+    text = printed(table.answers(lockin.rows([PLAIN, ANSWERED, long])), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "onnxruntime-openvino" in text
+
+
 def test_summary_fits_80_columns() -> None:
     text = printed(table.summary(lockin.rows(ALL)))
     assert max(map(len, text.splitlines())) <= 80

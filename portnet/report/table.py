@@ -88,7 +88,7 @@ ANSWERS = ("Stack", "Top-1", "As the reference", "Logit error", "Images/s", "Fil
 
 def answered(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line for each stack that answered, under the headings of `ANSWERS`."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for label, row in zip(labels(rows), rows, strict=True):
         if not (seen := row.record.answers):
             continue

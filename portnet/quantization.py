@@ -1,0 +1,151 @@
+"""An ONNX file in 8-bit integers, told beside the float32 file that it was made from.
+
+Static quantisation by ONNX Runtime's own tools, calibrated on training pictures: filters to int8 by output channel,
+activations to uint8 by tensor, as QuantizeLinear and DequantizeLinear around operators (QDQ). LRN stays in float32.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from time import perf_counter
+
+from portnet import calibration, images, onnx_export
+from portnet.contract import INT8, Array, Settings
+from portnet.errors import ExportError, InputError
+from portnet.files import write_atomically
+from portnet.images import DataSet, Splits
+from portnet.model import OnnxNetwork
+from portnet.training import Evaluation
+
+KEPT = 0.99
+"""The share of float32's accuracy that is kept at least."""
+BATCH = 16
+"""Images of which the speed is told."""
+_TURNS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """A quantised file beside the float32 file: `bytes` of each, accuracy on the test split, and speed.
+
+    `agree`: pictures of the `int8.count` that both rank alike. `speedup`: times as fast, the median over pairs that
+    were timed one after the other, between the least and the most (`slowest`, `fastest`): of one process, and quick.
+    """
+
+    path: str
+    backend: str
+    bytes: int
+    bytes_before: int
+    int8: Evaluation
+    float32: Evaluation
+    agree: int
+    speedup: float
+    slowest: float
+    fastest: float
+
+    @property
+    def size(self) -> float:
+        """The file's size as a share of float32's."""
+        return self.bytes / self.bytes_before
+
+    @property
+    def kept(self) -> float:
+        """The share of float32's accuracy that is left."""
+        return self.int8.top1 / self.float32.top1 if self.float32.top1 else 1.0
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    data: str | Splits = "digits",
+    *,
+    backend: str = "onnxruntime-cpu",
+    pictures: int = 128,
+    reduce_range: bool = False,
+    keep: float = KEPT,
+    say: Callable[[str], None] = lambda _: None,
+) -> Quantised:
+    """Quantise a float32 file that ``export_onnx`` wrote, and hold the result against it on the test split.
+
+    `data`: as `portnet.load_data` takes it, with as many classes as the network; `pictures` of its training split set
+    the ranges. `backend`: where both files are run, side by side in this process. `reduce_range`: filters of 7 bits,
+    for x86 processors without VNNI, whose 16-bit sums saturate. What prepares pictures, or makes probabilities, in the
+    file stays as it is.
+
+    Raises `OnnxFileError` for a file that is not opened, `InputError` for one that is quantised or narrow already and
+    for unfit data, `Unavailable` without ONNX Runtime, `Unsupported` for a backend that has no int8, and `ExportError`
+    where less than `keep` of float32's accuracy is left; the file is then left for inspection.
+    """
+    if pictures < 1:
+        raise InputError(f"at least one picture must set the ranges, got {pictures}")
+    wide = OnnxNetwork(source, backend)
+    if wide.file.quantised or len(wide.file.content) < 4 * wide.graph.parameter_count:
+        raise InputError(f"{wide.file.path} is not float32; quantise the float32 file that it was made from")
+    wide.backend.check(Settings(precision=INT8), wide.device)
+    splits = data if isinstance(data, Splits) else images.load(data)
+    say(f"calibrating on {pictures} training pictures")
+    given = islice(_batches(wide, splits.train), -(-pictures // BATCH))
+    model = calibration.quantiser().quantise(wide.file.content, given, reduce_range=reduce_range)
+    notes = {"data": splits.train.name, "pictures": pictures, "reduce_range": reduce_range}
+    model.metadata_props.add(key="quantisation", value=json.dumps(notes))
+    model.producer_name = "portnet"
+    content = onnx_export.seal(model.SerializeToString(deterministic=True))
+    path = write_atomically(target, content, InputError)
+    narrow = OnnxNetwork(path, backend)
+    say("accuracy of both")
+    before, after = (net.evaluate(splits) for net in (wide, narrow))
+    agree = sum(
+        int((wide.run_prepared(b.images).argmax(axis=1) == narrow.run_prepared(b.images).argmax(axis=1)).sum())
+        for b in images.evaluation_batches(splits.test, wide.prepares, batch=64)
+    )
+    say("speed of both, by turns")
+    ratios = _ratios(wide, narrow, next(_batches(wide, splits.test)))
+    done = Quantised(
+        path=str(path),
+        backend=wide.backend.name,
+        bytes=len(content),
+        bytes_before=len(wide.file.content),
+        int8=after,
+        float32=before,
+        agree=agree,
+        speedup=median(ratios),
+        slowest=min(ratios),
+        fastest=max(ratios),
+    )
+    if done.kept < keep:
+        raise ExportError(
+            f"{path}: in int8 it ranks {after.top1:.1%} of {after.count} test pictures right, where float32 ranks "
+            f"{before.top1:.1%}: less than {keep:.0%} of it is left; calibrate on more pictures, or set reduce_range "
+            "on a processor without VNNI; the file is left for inspection"
+        )
+    return done
+
+
+def _batches(net: OnnxNetwork, data: DataSet) -> Iterator[Array]:
+    """Whole batches of a split as the file takes them."""
+    size = min(net.file.batch or BATCH, len(data))
+    for batch in images.evaluation_batches(data, net.prepares, batch=size):
+        if len(batch.images) == size:
+            yield net.of_prepared(batch.images)
+
+
+def _ratios(wide: OnnxNetwork, narrow: OnnxNetwork, batch: Array) -> list[float]:
+    """How many times as long float32 takes, in pairs of which each side begins in turn."""
+
+    def timed(net: OnnxNetwork) -> float:
+        given = net.session.put(batch)
+        began = perf_counter()
+        net.session.get(net.session.infer(given))
+        return perf_counter() - began
+
+    for net in (wide, narrow) * 2:
+        timed(net)
+    ratios = []
+    for turn in range(_TURNS):
+        order = (wide, narrow) if turn % 2 == 0 else (narrow, wide)
+        seconds = {id(net): timed(net) for net in order}
+        ratios.append(seconds[id(wide)] / seconds[id(narrow)])
+    return ratios
