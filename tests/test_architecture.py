@@ -22,7 +22,7 @@ FLOORS = [
     {"workload", "reporting"},
     {"own_model", "serving"},
     {"measurement", "model"},
-    {"launch", "module_export"},
+    {"launch", "module_export", "quantization"},
     {"plan"},
     {"__init__"},
     {"cli_report"},

@@ -178,7 +178,6 @@ def test_a_loss_that_is_no_mean_is_judged_at_the_timed_batch():
 
 
 def test_onnx_runtime():
-    pytest.importorskip("onnxscript")
     backend = plugins.backends()["onnxruntime-cpu"]
     work = OwnModel(spec(backend=backend.name, mode="infer"))
     found = work.verdict(backend, Settings())
@@ -187,7 +186,7 @@ def test_onnx_runtime():
     session = work.open(backend, Settings())
     np.testing.assert_array_equal(session.weights()["0.weight"], work.start["0.weight"])
     images = work.batch(3, 1)[0]
-    assert session.fallbacks(lambda: session.infer(images)) == {}
+    assert session.fallbacks(lambda: session.infer(session.put(images))) == {}
     assert session.layer_times(images) == {}
     session.close()
     with torch.no_grad():
@@ -393,7 +392,6 @@ def test_what_cannot_be_exported(monkeypatch):
         patch.setattr(torch_own.importlib.util, "find_spec", lambda _: None)
         with pytest.raises(Unavailable, match=r"portnet\[model\]"):
             work.open(plugins.backends()["onnxruntime-cpu"], Settings())
-    pytest.importorskip("onnxscript")
     with pytest.raises(Unsupported, match=r"torch\.onnx\.export failed"):
         work.open(plugins.backends()["onnxruntime-cpu"], Settings())
 
