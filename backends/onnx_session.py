@@ -37,7 +37,9 @@ class OnnxSession(Session):
         self.backend, self.settings, self.graph, self.content = backend, settings, graph, content
         # No runtime gives initialisers back; nothing changes them either.
         self.parameters = {name: np.array(value) for name, value in weights.items()}
-        self.running: Any = self.start(self.model())
+        model = self.model()
+        self.size = len(model)
+        self.running: Any = self.start(model)
         self.tracer: Any = None
 
     @abstractmethod
@@ -55,7 +57,7 @@ class OnnxSession(Session):
         return lower(self.graph, self.parameters, every_layer=every_layer, half=self.half).SerializeToString()
 
     def file_size(self) -> int:
-        return len(self.model())
+        return self.size
 
     def weights(self) -> dict[str, npt.NDArray[np.float32]]:
         return {name: value.copy() for name, value in self.parameters.items()}

@@ -10,7 +10,6 @@ import os
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module, metadata
@@ -37,6 +36,7 @@ from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet.onnx_export import OUTPUT, one_matmul
+from portnet.serving import out_of_memory
 from portnet_backends import timing
 from portnet_backends.onnx_session import OnnxSession
 from portnet_backends.onnxruntime_quantize import quantise
@@ -51,7 +51,7 @@ class Provider:
     `install`: what brings it. `precisions` maps each that it has to the options that ask for it. `half`: whether a
     float16 network is handed over as such, and not a float32 one that the provider narrows. `memory`: ONNX Runtime's
     name of where its values live; `unified` where that is the host's in any case. `plugin`: the module of the
-    distribution that adds it to a plain ONNX Runtime.
+    distribution that adds it to a plain ONNX Runtime, for a device of that `kind`.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Provider:
     memory: str = "cpu"
     unified: bool = False
     plugin: str = ""
+    kind: str = "CPU"
     note: str = NOT_VERIFIED
 
 
@@ -73,7 +74,11 @@ def _extra(name: str) -> str:
 def _tensorrt() -> dict[str, dict[str, str]]:
     """TensorRT takes TF32 for float32 unless the process forbids it; the provider has no option for that."""
     wide = "float32" if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" else "tf32"
-    return {wide: {}, "float16": {"trt_fp16_enable": "1"}, "bfloat16": {"trt_bf16_enable": "1"}}
+    return {
+        wide: {"trt_fp16_enable": "0", "trt_bf16_enable": "0"},
+        "float16": {"trt_fp16_enable": "1", "trt_bf16_enable": "0"},
+        "bfloat16": {"trt_fp16_enable": "0", "trt_bf16_enable": "1"},
+    }
 
 
 CPU = Provider(
@@ -110,7 +115,11 @@ PROVIDERS = (
         vendor="AMD",
         install=_extra("migraphx"),
         memory="cuda",  # which is what a build for AMD calls its own
-        precisions={"float32": {}, "float16": {"migraphx_fp16_enable": "1"}, "bfloat16": {"migraphx_bf16_enable": "1"}},
+        precisions={
+            "float32": {"migraphx_fp16_enable": "0", "migraphx_bf16_enable": "0"},
+            "float16": {"migraphx_fp16_enable": "1", "migraphx_bf16_enable": "0"},
+            "bfloat16": {"migraphx_fp16_enable": "0", "migraphx_bf16_enable": "1"},
+        },
     ),
     Provider(
         name="coreml",
@@ -124,7 +133,7 @@ PROVIDERS = (
     Provider(
         name="openvino",
         title="OpenVINO",
-        vendor="Intel",
+        vendor="any CPU",
         install=_extra("openvino-ep"),
         precisions={p: {"device_type": "CPU", "precision": "FP32"} for p in ("float32", "int8")},
         unified=True,
@@ -151,6 +160,7 @@ PROVIDERS = (
         },
         unified=True,
         plugin="onnxruntime_qnn",
+        kind="NPU",
     ),
     Provider(
         name="xnnpack",
@@ -168,6 +178,7 @@ PROVIDERS = (
         half=True,
         memory="webgpu",
         plugin="onnxruntime_ep_webgpu",
+        kind="GPU",
     ),
 )
 
@@ -181,6 +192,7 @@ class OnnxRuntime(Backend):
         self.about = provider
         self.name, self.vendor, self.note = f"onnxruntime-{provider.name}", provider.vendor, provider.note
         self.provider = f"{provider.title}ExecutionProvider"
+        self._refusal = ""
 
     def probe(self) -> Device:
         """Believes no list: a provider is here if a product starts on it, and is seen to run there."""
@@ -188,7 +200,9 @@ class OnnxRuntime(Backend):
         offered = [*runtime.get_available_providers(), *(d.ep_name for d in self._plugged())]
         if self.provider not in offered and self._plugin:
             raise Unavailable(
-                f"the plug-in {self._plugin} is installed, and finds no device that it can use", self.about.install
+                f"the plug-in {self._plugin} is installed, and finds no {self.about.kind} that it can use"
+                f"{self._refusal and f' ({self._refusal})'}",
+                self.about.install,
             )
         if self.provider not in offered:
             raise Unavailable(
@@ -198,16 +212,17 @@ class OnnxRuntime(Backend):
             )
         n = 8
         ones = np.ones((n, n), np.float32)
-        ran = profiled(partial(self.start, one_matmul(n)), lambda session: session.run(None, {"a": ones, "b": ones}))
-        if self.provider != "CPUExecutionProvider" and elsewhere(ran, self.provider).get("MatMul"):
+        ran = profiled(partial(self.start, one_matmul(n)), lambda session: session.run(None, {"a": ones}))
+        if not any(node["provider"] == self.provider for node in ran):
+            places = ", ".join({node["provider"] for node in ran}) or "none that its profile names"
             raise Unavailable(
-                f"{self.provider} starts, but a product asked of it ran on {ran[-1]['provider']}",
-                "check the device's driver",
+                f"{self.provider} starts, but a product asked of it ran on {places}", "check the device's driver"
             )
         through = "" if self.about is CPU else f"'s {self.about.title}"
         gpu = _nvidia() if self.about.vendor == "NVIDIA" else {}
+        place = f"on {processor()}" if self.about.unified else f"on a device without a name, beside {processor()}"
         return Device(
-            name=gpu.get("name") or f"ONNX Runtime{through} on {processor()}",
+            name=gpu.get("name") or f"ONNX Runtime{through} {place}",
             precisions=tuple(self.about.precisions),
             memory=gpu.get("memory"),
             # onnx writes the model that is run.
@@ -232,21 +247,20 @@ class OnnxRuntime(Backend):
     def ceilings(self, precision: str) -> Ceilings | None:
         """Products by a model of one MatMul whose values stay on the provider's device.
 
-        It has no copy to measure, and none of int8 without a calibration.
+        It has no copy to measure, and of int8 nothing without a calibration.
         """
         settings = Settings(precision=precision)
         self.check(settings)
-        if precision == "int8":
+        if precision == INT8:
             return None
         narrow = self.about.half and precision == "float16"
         dtype: type = np.float16 if narrow else np.float32
 
         def product(n: int) -> timing.Work:
             session = self.start(one_matmul(n, dtype), settings)
-            rng, binding = np.random.default_rng(n), session.io_binding()
-            for name in ("a", "b"):
-                value = (rng.random((n, n), np.float32) - np.float32(0.5)).astype(dtype)
-                binding.bind_ortvalue_input(name, self.put(value))
+            binding = session.io_binding()
+            value = np.random.default_rng(n + 1).random((n, n), np.float32) - np.float32(0.5)
+            binding.bind_ortvalue_input("a", self.put(value.astype(dtype)))
             binding.bind_output("c", self.memory)
             binding.synchronize_inputs()
 
@@ -303,6 +317,8 @@ class OnnxRuntime(Backend):
             # Its own fallback is to the CPU, with a line on standard output.
             session = InferenceSession(model, options, enable_fallback=0, **how)
         except Exception as error:  # its errors have no common base
+            if out_of_memory(error):
+                raise
             first = str(error).strip().partition("\n")[0]
             if "fallback to CPU EP has been explicitly disabled" in first:
                 raise Unsupported(
@@ -356,11 +372,14 @@ class OnnxRuntime(Backend):
             return []
         import onnxruntime
 
-        # Registered once a process; a second time is an error that says so.
-        with suppress(Exception):
+        try:
             library = import_module(self.about.plugin).get_library_path()
             onnxruntime.register_execution_provider_library(self.about.plugin, library)
-        return [d for d in onnxruntime.get_ep_devices() if d.ep_name == self.provider]
+        except Exception as error:  # its errors have no common base; a second time in a process is one, and harmless
+            if "already" not in str(error):
+                self._refusal = str(error).strip().partition("\n")[0]
+        known = (d for d in onnxruntime.get_ep_devices() if d.ep_name == self.provider)
+        return [d for d in known if d.device.type.name == self.about.kind]
 
     def _runtime(self) -> Any:
         installed = _distributions()
@@ -413,14 +432,16 @@ class OnnxRuntimeSession(OnnxSession):
         return self.binding.get_outputs()[0]
 
     def options(self) -> dict[str, str]:
-        """What the provider says is in force."""
-        return dict(self.running.get_provider_options().get(self.backend.provider, {}))
+        """What the provider says is in force, and where values are bound."""
+        told = self.running.get_provider_options().get(self.backend.provider, {})
+        return {**told, "memory": self.backend.memory}
 
-    def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
+    def fallbacks(self, run: Callable[[], object]) -> dict[str, int] | None:
         """By operator, the nodes that `run` ran on another execution provider than the one asked for.
 
         ONNX Runtime gives what a provider cannot do to the CPU's, in silence. Counted on a session like this one,
-        which stands in for it while `run` lasts. In int8 products and convolutions count that ran in floating point.
+        which stands in for it while `run` lasts. In int8 products and convolutions count that ran in floating point;
+        None where a provider compiles so much into one node that this cannot be told.
         """
 
         def stand_in(profiled: Any) -> None:
@@ -431,8 +452,13 @@ class OnnxRuntimeSession(OnnxSession):
                 self.running = usual
 
         ran = profiled(partial(self.start, self.model()), stand_in)
+        away = elsewhere(ran, self.backend.provider)
+        if self.settings.precision != INT8:
+            return away
         wide = Counter(f"{node['operator']} in floating point" for node in ran if node["operator"] in _FLOATING)
-        return elsewhere(ran, self.backend.provider) | (dict(wide) if self.settings.precision == INT8 else {})
+        if not (away or wide or any(node["operator"] in _INTEGER for node in ran)):
+            return None
+        return away | dict(wide)
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers as ONNX Runtime's own profile has them: in the network, not singly.
@@ -465,7 +491,8 @@ class OnnxRuntimeSession(OnnxSession):
 
 
 _FLOATING = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
-"""Operators whose integer forms have other names (QLinearConv, QGemm)."""
+_INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+"""Convolutions and products in floating point, and in integers."""
 _WARM = 2
 """Runs before those that count."""
 
@@ -538,18 +565,15 @@ def _version(module: str) -> str:
 
 
 def _nvidia() -> dict[str, Any]:
-    """Name, memory in bytes and driver of the GPU that a process uses first; empty where the driver does not tell."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
-    query = [
-        "nvidia-smi",
-        "-i",
-        chosen,
-        "--query-gpu=name,memory.total,driver_version",
-        "--format=csv,noheader,nounits",
-    ]
+    """Name, memory in bytes and driver of the machine's GPUs; empty where they differ, or the driver does not tell.
+
+    Which of several unlike ones CUDA calls the first depends on an order of its own.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, mebibytes, driver = (part.strip() for part in told.strip().split(","))
+        (line,) = set(told.strip().splitlines())
+        name, mebibytes, driver = (part.strip() for part in line.split(","))
         return {"name": name, "memory": int(mebibytes) * 2**20, "driver": driver}
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}

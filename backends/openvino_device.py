@@ -27,6 +27,7 @@ from portnet.contract import (
 from portnet.graph import Graph
 from portnet.hookspecs import hookimpl
 from portnet.onnx_export import OUTPUT, one_matmul
+from portnet.serving import out_of_memory
 from portnet_backends import timing
 from portnet_backends.onnx_session import OnnxSession
 
@@ -40,7 +41,7 @@ class OpenVino(Backend):
     """OpenVINO's own name of the device is `kind`."""
 
     name = "openvino"
-    vendor = "Intel"
+    vendor = "any CPU"
     kind: ClassVar[str] = "CPU"
     strict = True
 
@@ -81,6 +82,8 @@ class OpenVino(Backend):
         try:
             compiled = core.compile_model(core.read_model(io.BytesIO(model)), self.kind, asked)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             first = str(error).strip().splitlines()[-1]
             raise Unsupported(f"OpenVINO refuses the model: {first}") from error
         effective = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -89,17 +92,15 @@ class OpenVino(Backend):
         return compiled
 
     def ceilings(self, precision: str) -> Ceilings | None:
-        """Products by a model of one MatMul. It has no copy to measure, and none of int8 without a calibration."""
+        """Products by a model of one MatMul. It has no copy to measure, and of int8 nothing without a calibration."""
         settings = Settings(precision=precision)
         self.check(settings)
-        if precision == "int8":
+        if precision == INT8:
             return None
 
         def product(n: int) -> timing.Work:
             request = self.start(one_matmul(n), settings).create_infer_request()
-            rng = np.random.default_rng(n)
-            for i in range(2):
-                request.set_input_tensor(i, _tensor(rng.random((n, n), np.float32) - np.float32(0.5)))
+            request.set_input_tensor(_tensor(np.random.default_rng(n + 1).random((n, n), np.float32) - np.float32(0.5)))
             return lambda: request.infer()
 
         return timing.ceilings(product, (1024, 2048, 4096), None, lambda: None, budget=2.0)
@@ -114,6 +115,7 @@ class OpenVino(Backend):
 
 class OpenVinoGpu(OpenVino):
     name = "openvino-gpu"
+    vendor = "Intel"
     kind = "GPU"
     note = "not yet verified on hardware"
 
@@ -165,11 +167,11 @@ class OpenVinoSession(OnnxSession):
         known = self.running.get_property("SUPPORTED_PROPERTIES")
         return {name: str(self.running.get_property(name)) for name in names if name in known}
 
-    def fallbacks(self, run: Callable[[], object]) -> dict[str, int]:
+    def fallbacks(self, run: Callable[[], object]) -> dict[str, int] | None:
         """Convolutions and products of `run` that were computed in another precision than the one asked for.
 
         None is elsewhere: a model that was compiled for one device runs there, or is refused. Counted on a request
-        like the session's, which stands in for it while `run` lasts.
+        like the session's, which stands in for it while `run` lasts; None where the device keeps no count.
         """
         usual = self.running, self.request
         self.running = self.backend.start(self.model(), self.settings, PERF_COUNT=True)
@@ -180,7 +182,7 @@ class OpenVinoSession(OnnxSession):
             ran = [(p.node_type, p.exec_type) for p in self.request.get_profiling_info() if p.real_time.total_seconds()]
         finally:
             self.running, self.request = usual
-        return other_precision(ran, self.settings.precision)
+        return other_precision(ran, self.settings.precision) if ran else None
 
     def layer_times(self, images: Array, labels: Array | None = None) -> dict[str, LayerTime]:
         """Forward of the layers by OpenVINO's own counters: in the network, not singly.

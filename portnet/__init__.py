@@ -14,23 +14,29 @@ from portnet.alexnet import graph
 from portnet.plugins import backends
 
 if TYPE_CHECKING:
-    from portnet.errors import PortNetError
+    from portnet.errors import OnnxFileError, PortNetError
     from portnet.images import load as load_data
     from portnet.images import preprocess
-    from portnet.model import AlexNet
+    from portnet.model import AlexNet, open_onnx
+    from portnet.module_export import export_onnx
     from portnet.own_model import Model
     from portnet.plan import measure
+    from portnet.quantization import quantize
 
 __all__ = [
     "AlexNet",
     "Model",
+    "OnnxFileError",
     "PortNetError",
     "__version__",
     "backends",
+    "export_onnx",
     "graph",
     "load_data",
     "measure",
+    "open_onnx",
     "preprocess",
+    "quantize",
 ]
 
 __version__ = "0.1.0"
@@ -39,10 +45,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "AlexNet": ("portnet.model", "AlexNet"),
     "Model": ("portnet.own_model", "Model"),
+    "OnnxFileError": ("portnet.errors", "OnnxFileError"),
     "PortNetError": ("portnet.errors", "PortNetError"),
+    "export_onnx": ("portnet.module_export", "export_onnx"),
     "load_data": ("portnet.images", "load"),
     "measure": ("portnet.plan", "measure"),
+    "open_onnx": ("portnet.model", "open_onnx"),
     "preprocess": ("portnet.images", "preprocess"),
+    "quantize": ("portnet.quantization", "quantize"),
 }
 
 

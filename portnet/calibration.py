@@ -13,8 +13,8 @@ from portnet.weights import digest
 
 PICTURES = 64
 """Of the training split, on whose values the ranges are set."""
-_HELD = 3
-"""Models that a process keeps: as many as one measurement opens."""
+_HELD = 4
+"""Models that a process keeps: as many as one measurement opens (timed, two gates, answers)."""
 
 
 @runtime_checkable
@@ -42,8 +42,8 @@ def quantiser() -> Quantiser:
 
 
 def pictures(data: DataSet, graph: Graph) -> Array:
-    """The first pictures of a training split as the network sees them at inference: float32 ``(n, *graph.input)``."""
-    return next(images.evaluation_batches(data, graph, batch=PICTURES)).images
+    """Pictures of a training split as the network sees them at inference: float32 ``(n, *graph.input)``."""
+    return next(images.evaluation_batches(data.some(PICTURES), graph, batch=PICTURES)).images
 
 
 def calibrated(graph: Graph, weights: Weights, given: Array) -> bytes:

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import portnet
 from portnet import cli_report, host, plugins
@@ -460,6 +461,8 @@ def infer(
     """Classify pictures with trained weights, or with an exported ONNX file as it is."""
     net: portnet.AlexNet | OnnxNetwork
     if weights.suffix == ".onnx":
+        if click.get_current_context().get_parameter_source("precision") != ParameterSource.DEFAULT:
+            raise click.UsageError("--precision: an ONNX file has its own")
         net = portnet.open_onnx(weights, "onnxruntime-cpu" if backend == "auto" else backend)
     else:
         net = portnet.AlexNet.load(weights, backend, precision=precision)
@@ -548,7 +551,6 @@ def quantize(
 
     Exit status 1 if less than --keep of float32's accuracy is left.
     """
-    from portnet.quantization import BATCH
     from portnet.quantization import quantize as quantise
 
     done = quantise(
@@ -564,7 +566,7 @@ def quantize(
         f"{done.agree} ranked alike"
     )
     click.echo(
-        f"on {done.backend} {done.speedup:.2f} times as fast at batch {BATCH} (quick: {done.slowest:.2f} to "
+        f"on {done.backend} {done.speedup:.2f} times as fast at batch {done.batch} (quick: {done.slowest:.2f} to "
         f"{done.fastest:.2f} in one process)"
     )
 

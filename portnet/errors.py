@@ -1,7 +1,9 @@
 """Every error PortNet raises on purpose. Each says what was wrong, what was expected, and what to do next."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class PortNetError(Exception):
@@ -30,6 +32,20 @@ class WeightsError(PortNetError):
 
 class ExportError(PortNetError):
     """An exported file does not compute what the session that it came from does."""
+
+
+class OnnxFileError(PortNetError):
+    """An ONNX file is not opened: its `path`, and the `kind` of trouble.
+
+    ``missing``, ``unreadable``, ``too large``, ``not ONNX``, ``damaged`` (it is not what was sealed), ``foreign`` (it
+    was never sealed), ``external data`` (it would have other files read), ``opset``, ``operators`` (its nodes are not
+    the network's), ``interface`` (input or output), ``metadata``, ``weights``, ``invalid`` (ONNX's checker refuses it)
+    or ``run`` (opened, it does not give its output).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, reason: str):
+        super().__init__(f"{os.fspath(path)}: {reason}")
+        self.path, self.kind = Path(path), kind
 
 
 class PictureError(PortNetError):

@@ -80,6 +80,14 @@ class DataSet:
         if len(np.unique(self.ids)) != len(self):
             raise InputError("ids must differ from one another: they key every random choice")
 
+    def some(self, count: int) -> "DataSet":
+        """That many of its pictures, evenly spaced: folders come class by class. All where there are fewer."""
+        places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
+        read = self.read
+        return replace(
+            self, labels=self.labels[places], ids=self.ids[places], read=lambda place: read(int(places[place]))
+        )
+
     def __len__(self) -> int:
         return len(self.labels)
 

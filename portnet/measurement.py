@@ -185,7 +185,9 @@ class Measurement:
         """
         self.say("first step")
         # Initial weights are PortNet's to draw, and not the stack's.
+        began = perf_counter()
         self._add(effective={**self.record.effective, "weights": self.workload.prepare()})
+        prepared = perf_counter() - began
         began = perf_counter()
         session = self.workload.open(self.backend, self.settings)
         opened = perf_counter() - began
@@ -196,6 +198,7 @@ class Measurement:
         session.close()
         total = self.started + probed + opened + stepped
         times = {"start": self.started, "probe": probed, "open": opened, "first_step": stepped, "total": total}
+        times["prepare"] = prepared
         self._add(times=times)
 
     def _step(self, session: Session, batch: clock.Inputs) -> None:

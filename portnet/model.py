@@ -3,16 +3,17 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, images, onnx_export, parity, plugins, training, weights
-from portnet.contract import Array, Device, Settings
-from portnet.errors import ExportError, InputError, Unavailable, Unsupported
-from portnet.graph import Graph
+from portnet import alexnet, images, onnx_export, onnx_file, parity, plugins, training, weights
+from portnet.calibration import TakesExports
+from portnet.contract import INT8, Array, Device, Session, Settings
+from portnet.errors import ExportError, InputError, OnnxFileError, PortNetError, Unavailable, Unsupported
+from portnet.graph import Graph, Normalisation
 from portnet.images import Batch, DataSet, Splits
 from portnet.training import Data, Evaluation
 
@@ -197,15 +198,9 @@ class AlexNet:
         Classes are named as in the data set trained on, or by number. Raises `PictureError` for a file that is no
         picture and `InputError` for an array that is none.
         """
-        if top < 1:
-            raise InputError(f"top must be at least 1, got {top}")
-        pixels = picture if isinstance(picture, np.ndarray) else images.read_picture(picture)
-        logits = self(images.preprocess([pixels], self.graph, whole=self.whole))[0].astype(np.float64)
-        p = np.exp(logits - logits.max())
-        p /= p.sum()
-        # A network may have more classes than the data set had names for.
-        names = dict(enumerate(map(str, range(self.graph.classes)))) | dict(enumerate(self.class_names or ()))
-        return [(names[i], float(p[i])) for i in np.argsort(-p, kind="stable")[:top]]
+        pixels = _pixels(picture, top)
+        logits = self(images.preprocess([pixels], self.graph, whole=self.whole))[0]
+        return _likeliest(_softmax(logits), self.class_names, top)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, preset, options and class names to one safetensors file. Raises `WeightsError`."""
@@ -220,21 +215,23 @@ class AlexNet:
         dynamic_batch: bool = True,
         preprocess: bool = False,
         softmax: bool = False,
+        half: bool = False,
         verify: bool = True,
     ) -> Export:
         """Write the network to one ONNX file, and compare what ONNX Runtime's CPU provider makes of it.
 
         Its input is ``images``, float32 ``(batch, 3, S, S)`` as `portnet.preprocess` makes them; with `preprocess` it
         is ``pictures``, uint8 ``(batch, S, S, 3)``, which the file prepares itself. Its output is ``logits``, or with
-        `softmax` ``probabilities``. Without `dynamic_batch` it takes one image at a time. Class names, seed, the
-        weights' SHA-256 and the convention of the input stand in its metadata.
+        `softmax` ``probabilities``. Without `dynamic_batch` it takes one image at a time. With `half` its weights are
+        float16, and so is what lies between input and output. Class names, seed, the weights' SHA-256 and the
+        convention of the input stand in its metadata.
 
         Raises `InputError` for options that make no sense and where the file cannot be written, and `ExportError` where
         the two differ by more than the session's precision explains (`EXPORT_TOLERANCE`).
         """
         notes = {"class_names": self.class_names, "whole": self.whole, "seed": self.settings.seed}
         how: dict[str, Any] = {"opset": opset, "preprocess": preprocess, "softmax": softmax, "notes": notes}
-        how["batch"] = None if dynamic_batch else 1
+        how |= {"batch": None if dynamic_batch else 1, "half": half}
         arrays = weights.check(self.graph, self.weights())
         written = onnx_export.export(self.graph, arrays, path, **how)
         if not verify:
@@ -250,22 +247,23 @@ class AlexNet:
         try:
             (found,) = runner.run_model(path.read_bytes(), given).values()
             every = runner.run_model(
-                onnx_export.lower(self.graph, arrays, opset=how["opset"], every_layer=True).SerializeToString(),
+                onnx_export.lower(
+                    self.graph, arrays, opset=how["opset"], half=how["half"], every_layer=True
+                ).SerializeToString(),
                 case.images,
             )
         except Unavailable:
             return Export(path=path, error=None)
         expected = self(case.images).astype(np.float64)
         if how["softmax"]:
-            expected = np.exp(expected - expected.max(axis=1, keepdims=True))
-            expected /= expected.sum(axis=1, keepdims=True)
+            expected = _softmax(expected)
         shown = self.session.trace(case.images).layers
         done = Export(
             path=path,
             error=parity.channel_error(found, expected),
             layers={name: parity.channel_error(every[name], value) for name, value in shown.items()},
         )
-        allowed = EXPORT_TOLERANCE[self.settings.precision]
+        allowed = max(EXPORT_TOLERANCE[p] for p in (self.settings.precision, "float16" if how["half"] else "float32"))
         if done.error is None or not done.error <= allowed:
             where = f"; of all layers {done.worst} most, by {done.layers[done.worst]:.2g}" if done.worst else ""
             raise ExportError(
@@ -277,6 +275,173 @@ class AlexNet:
     def summary(self) -> str:
         """Layers, output shapes, parameters and multiply-accumulates, as a table."""
         return self.graph.summary()
+
+
+class OnnxNetwork:
+    """The network in an ONNX file that PortNet wrote, on a backend that runs such files; `open_onnx` makes it.
+
+    `file` is what was read and checked (`portnet.onnx_file.OnnxFile`), `settings` how it is computed: in ``int8`` where
+    it is quantised, otherwise in ``float32``, or on a device without that in the first precision that it has.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *, strict: bool = False) -> None:
+        self.backend = plugins.choose(backend)
+        if not isinstance(self.backend, TakesExports):
+            raise Unsupported(
+                f"backend {self.backend.name} runs no ONNX files; name one that does, such as onnxruntime-cpu, or make "
+                "the network anew with portnet.AlexNet"
+            )
+        self.file = onnx_file.read(path)
+        self.graph, self.class_names, self.whole = self.file.graph, self.file.class_names, self.file.whole
+        self.device: Device = plugins.probe(self.backend)
+        has = self.device.precisions
+        precision = INT8 if self.file.quantised else "float32" if "float32" in has else has[0]
+        self.settings = Settings(precision=precision, strict=strict)
+        self.session = self.backend.open_exported(self.file.content, self.file.weights, self.settings)
+        self.prepares = self.graph
+        """The graph for which to prepare images (`portnet.preprocess`) that `of_prepared` and `run_prepared` take."""
+        if self.file.input == onnx_export.PICTURES:  # which takes mean and scale off itself
+            self.prepares = replace(self.graph, normalisation=Normalisation(mean=(0.0, 0.0, 0.0)))
+
+    def __repr__(self) -> str:
+        return (
+            f"<OnnxNetwork {self.file.path}, {self.graph.preset}, {'float16' if self.file.half else 'float32'} weights"
+            f"{' quantised to int8' if self.file.quantised else ''}, "
+            f"on {self.backend.name} ({self.device.name})>"
+        )
+
+    def __call__(self, batch: Any) -> Array:
+        """The file's own output for its own input, as NumPy: see `portnet.onnx_file.OnnxFile` for both.
+
+        ``images`` are float32 ``(n, 3, S, S)`` as `portnet.preprocess` makes them; ``pictures`` uint8 ``(n, S, S, 3)``.
+        Raises `InputError` for the wrong shape or dtype, or another number than the file takes at a time, and
+        `OnnxFileError` where it does not give its output.
+        """
+        host = self._checked(batch)
+        if self.file.batch not in (None, len(host)):
+            raise InputError(f"{self.file.path} takes {self.file.batch} at a time, got {len(host)}")
+        return self._run(host)
+
+    def evaluate(
+        self, data: Data, *, batch: int = 64, views: int = 1, on_batch: Callable[[int], None] | None = None
+    ) -> Evaluation:
+        """As `AlexNet.evaluate`, whatever the file takes and gives.
+
+        A file that takes pictures is evaluated on data sets only, which have some. The loss of a file that gives
+        probabilities is infinite where float32 rounds one to 0.
+        """
+        if self.file.input == onnx_export.PICTURES and isinstance(data, tuple):
+            raise InputError(f"{self.file.path} takes pictures, not prepared images; give a data set")
+        return training.evaluate(_Prepared(self), self.prepares, data, batch=batch, views=views, on_batch=on_batch)
+
+    def classify(self, picture: str | os.PathLike[str] | Array, *, top: int = 5) -> list[tuple[str, float]]:
+        """As `AlexNet.classify`; classes are named as in the file."""
+        pixels = _pixels(picture, top)
+        (result,) = self.run_prepared(images.preprocess([pixels], self.prepares, whole=self.whole))
+        given = self.file.output == onnx_export.PROBABILITIES
+        return _likeliest(result.astype(np.float64) if given else _softmax(result), self.class_names, top)
+
+    def of_prepared(self, prepared: Array) -> Array:
+        """The file's own input for images prepared as for the graph `prepares`."""
+        if self.file.input == onnx_export.INPUT:
+            return prepared
+        return np.ascontiguousarray(prepared.transpose(0, 2, 3, 1).astype(np.uint8))
+
+    def run_prepared(self, prepared: Array) -> Array:
+        """The file's output for any number of images prepared as for the graph `prepares`."""
+        host, size = self.of_prepared(prepared), self.file.batch
+        if size is None:
+            return self._run(host)
+        # Where it takes a fixed number, the last part is filled up with its first image.
+        parts = [host[i : i + size] for i in range(0, len(host), size)]
+        full = (np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)]) for part in parts)
+        return np.concatenate([self._run(part) for part in full])[: len(host)]
+
+    def _checked(self, batch: Any) -> Array:
+        if self.file.input == onnx_export.INPUT:
+            return training.check_images(self.graph, batch)
+        size = self.graph.input[1]
+        try:
+            array = np.asarray(batch)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors that NumPy does not know
+            raise InputError(f"pictures must be uint8 (n, {size}, {size}, 3), got what is no array ({error})") from None
+        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3) or not len(array):
+            raise InputError(
+                f"pictures must be uint8 (n, {size}, {size}, 3) with n of at least 1, got {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        return np.ascontiguousarray(array)
+
+    def _run(self, host: Array) -> Array:
+        try:
+            result = self.session.get(self.session.infer(self.session.put(host)))
+        except PortNetError:
+            raise
+        except Exception as error:  # runtimes' errors have no common base
+            told = str(error).strip().partition("\n")[0]
+            raise OnnxFileError(self.file.path, "run", f"{self.backend.name} fails to run it: {told}") from error
+        if result.dtype != np.float32 or result.shape != (len(host), self.graph.classes):
+            told = f"{result.dtype} of shape {result.shape} for {len(host)} images of {self.graph.classes} classes"
+            raise OnnxFileError(self.file.path, "run", f"{self.backend.name} makes of it {told}")
+        return result
+
+
+def open_onnx(path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *, strict: bool = False) -> OnnxNetwork:
+    """The network in an ONNX file that PortNet wrote, ready to run; see `OnnxNetwork`.
+
+    The file is checked first, and need not be trusted: it runs only if its nodes are those that PortNet writes for the
+    network that it names, and it brings all its data along. `backend`: one that runs ONNX files. With `strict`, nothing
+    is computed elsewhere than on the backend's device.
+
+    Raises `OnnxFileError` for a file that is not opened, `UnknownName` for an unknown backend, `Unavailable` where the
+    device cannot be used, and `Unsupported` where the backend runs no such files, or not this one.
+    """
+    return OnnxNetwork(path, backend, strict=strict)
+
+
+class _Prepared(Session):
+    """A file's network as the evaluation asks for it: logits for images that it prepared."""
+
+    def __init__(self, net: OnnxNetwork) -> None:
+        self.net = net
+
+    def put(self, array: Array) -> Any:
+        return array
+
+    def get(self, value: Any) -> Array:
+        return np.asarray(value)
+
+    def infer(self, images: Any) -> Any:
+        result = self.net.run_prepared(images)
+        if self.net.file.output == onnx_export.OUTPUT:
+            return result
+        with np.errstate(divide="ignore"):
+            return np.log(result)
+
+    def weights(self) -> dict[str, Array]:
+        return dict(self.net.file.weights)
+
+    def synchronize(self) -> None:
+        self.net.session.synchronize()
+
+
+def _pixels(picture: str | os.PathLike[str] | Array, top: int) -> Array:
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}")
+    return picture if isinstance(picture, np.ndarray) else images.read_picture(picture)
+
+
+def _softmax(logits: Array) -> Array:
+    """In float64, over the last axis."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    result: Array = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _likeliest(p: Array, class_names: tuple[str, ...] | None, top: int) -> list[tuple[str, float]]:
+    # A network may have more classes than the data set had names for.
+    names = dict(enumerate(map(str, range(len(p))))) | dict(enumerate(class_names or ()))
+    return [(names[i], float(p[i])) for i in np.argsort(-p, kind="stable")[:top]]
 
 
 def _seed(seed: int) -> int:

@@ -1,8 +1,10 @@
 """A graph and its weights as an ONNX model, lowered layer by layer; nothing is traced.
 
-Operators as in https://onnx.ai/onnx/operators. All arithmetic is float32; only the batch size can be left open.
+Operators as in https://onnx.ai/onnx/operators. Arithmetic is float32, or with `half` float16; the
+batch alone can be left open.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,7 +29,10 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 PICTURES, PROBABILITIES = "pictures", "probabilities"
 """The ends of a model that prepares its pictures itself, and of one that ends in a softmax."""
 OPSET = 17
-_OLDEST_OPSET = 13  # Pad and Split take their amounts as inputs from here on.
+OLDEST_OPSET = 13  # Pad and Split take their amounts as inputs from here on.
+OLDEST_IR = 8
+SEAL = "sha256"
+"""The key of the entry of metadata that ends every file."""
 _LARGEST = 2**31 - 2**20  # A protobuf message ends at 2 GiB; the graph around the weights takes a few KiB.
 
 
@@ -61,48 +66,21 @@ def lower(
     `opset` or a `batch` out of range, a layer named like an end, a network beyond protobuf's 2 GiB, or `preprocess` of
     a graph that takes no pictures, and `Unsupported` for a layer that ONNX has no exact counterpart of.
     """
-    from onnx import TensorProto, defs, helper
+    from onnx import defs, helper
 
     newest = defs.onnx_opset_version()
-    if not _OLDEST_OPSET <= opset <= newest:
-        raise InputError(
-            f"opset must lie between {_OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset}"
-        )
+    if not OLDEST_OPSET <= opset <= newest:
+        raise InputError(f"opset must lie between {OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset}")
     if batch is not None and not 1 <= batch < 2**31:
         raise InputError(f"a fixed batch must be at least 1, got {batch}")
     _check(graph, weights)
-
-    def info(name: str, shape: tuple[int, ...], dtype: int = TensorProto.FLOAT) -> "onnx.ValueInfoProto":
-        return helper.make_tensor_value_info(name, dtype, [batch or BATCH, *shape])
-
-    body, value, values = _Body(graph, weights, half=half), INPUT, []
-    inner = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    taken = info(INPUT, graph.input)
-    if preprocess:
-        size = input_size(graph)
-        values.append(taken)
-        taken = info(PICTURES, (size, size, 3), TensorProto.UINT8)
-        body.prepare(graph)
-    if half:
-        value = body.node("Cast", [INPUT], f"{INPUT}.half", to=TensorProto.FLOAT16)
-    for step in graph.steps:
-        last = step is graph.steps[-1]
-        target = OUTPUT if last and not (every_layer or half) else step.layer.name
-        if not body.add(step, value, target):
-            if not (last or every_layer):
-                continue
-            body.node("Identity", [value], target)
-        values.append(info(target, step.output, inner))
-        value = target
-    if value != OUTPUT:
-        if half:
-            body.node("Cast", [value], OUTPUT, to=TensorProto.FLOAT)
-        else:
-            body.node("Identity", [value], OUTPUT)
-        values.append(info(OUTPUT, graph.output))
-    if softmax:
-        body.node("Softmax", [OUTPUT], PROBABILITIES, axis=1)
-        values.append(info(PROBABILITIES, graph.output))
+    body = _Body(graph, half=half)
+    for name in graph.parameters:
+        body.constant(name, weights[name])
+    body.network(preprocess=preprocess, softmax=softmax, every_layer=every_layer)
+    taken, *values = (
+        helper.make_tensor_value_info(name, dtype, [batch or BATCH, *shape]) for name, shape, dtype in body.values
+    )
     layers = {step.layer.name for step in graph.steps}
     given = [v for v in values if v is values[-1] or (every_layer and v.name in (*layers, OUTPUT))]
 
@@ -118,7 +96,7 @@ def lower(
             value_info=[v for v in values if v not in given],
         ),
         opset_imports=opsets,
-        ir_version=max(8, helper.find_min_ir_version_for(opsets)),
+        ir_version=max(OLDEST_IR, helper.find_min_ir_version_for(opsets)),
         producer_name="portnet",
         producer_version=portnet,
     )
@@ -139,7 +117,7 @@ def lower(
 
 
 def export(graph: Graph, weights: Weights, path: str | os.PathLike[str], **how: Any) -> Path:
-    """Write `lower`'s model to one file, whole or not at all, and return its path. An existing file is replaced.
+    """Write `lower`'s model to one file, sealed, whole or not at all, and return its path. One that exists is replaced.
 
     `how`: options of `lower`.
 
@@ -148,18 +126,67 @@ def export(graph: Graph, weights: Weights, path: str | os.PathLike[str], **how: 
     """
     from onnx import checker
 
-    data = lower(graph, weights, **how).SerializeToString(deterministic=True)
+    data = seal(lower(graph, weights, **how).SerializeToString(deterministic=True))
     checker.check_model(data, full_check=True)
     return write_atomically(path, data, InputError)
 
 
+def structure(
+    graph: Graph, *, preprocess: bool = False, softmax: bool = False, half: bool = False
+) -> "tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]":
+    """The nodes of `lower`'s model, whatever its weights, and the initialisers besides those, by name."""
+    from onnx import numpy_helper
+
+    body = _Body(graph, half=half)
+    body.network(preprocess=preprocess, softmax=softmax)
+    return body.nodes, {tensor.name: numpy_helper.to_array(tensor) for tensor in body.initialisers}
+
+
+def seal(content: bytes) -> bytes:
+    """A serialised model with its seal at the end; one that it carries already goes, as it fits no longer.
+
+    The seal is a ``ModelProto`` that holds one entry of metadata, ``sha256``: of all bytes before it, in hexadecimal.
+    Protobuf's messages concatenate, so that the whole is still one model to everything that reads ONNX.
+    """
+    from onnx import ModelProto
+
+    if SEAL.encode() in content:
+        model = ModelProto.FromString(content)
+        kept = [entry for entry in model.metadata_props if entry.key != SEAL]
+        if len(kept) < len(model.metadata_props):
+            del model.metadata_props[:]
+            model.metadata_props.extend(kept)
+            content = model.SerializeToString(deterministic=True)
+    return content + _seal(content)
+
+
+def sealed(content: bytes) -> bool | None:
+    """Whether the seal at the end of a file's content fits what stands before it; None where it ends in none."""
+    example = _seal(b"")
+    end, digits = content[-len(example) :], 2 * hashlib.sha256().digest_size
+    if end[:-digits] != example[:-digits]:
+        return None
+    return end == _seal(memoryview(content)[: -len(example)])
+
+
+def _seal(content: bytes | memoryview) -> bytes:
+    from onnx import ModelProto, StringStringEntryProto
+
+    entry = StringStringEntryProto(key=SEAL, value=hashlib.sha256(content).hexdigest())
+    return bytes(ModelProto(metadata_props=[entry]).SerializeToString())
+
+
 def one_matmul(n: int, dtype: type[Any] = np.float32) -> bytes:
-    """``c = a b`` of ``(n, n)`` matrices, serialised: what runtimes are asked whether they are there, and how fast."""
-    from onnx import helper
+    """``c = a b`` of ``(n, n)`` matrices, serialised, with random `b` in the file as weights are.
+
+    What runtimes are asked whether they are there, and how fast.
+    """
+    from onnx import helper, numpy_helper
 
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    a, b, c = (helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc")
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
+    a, c = (helper.make_tensor_value_info(name, kind, [n, n]) for name in "ac")
+    b = numpy_helper.from_array((np.random.default_rng(n).random((n, n), np.float32) - 0.5).astype(dtype), "b")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a], [c], [b])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
 
@@ -167,12 +194,44 @@ def one_matmul(n: int, dtype: type[Any] = np.float32) -> bytes:
 class _Body:
     """Nodes and initialisers, as they gather."""
 
-    def __init__(self, graph: Graph, weights: Weights, *, half: bool) -> None:
-        self.half = half
+    def __init__(self, graph: Graph, *, half: bool) -> None:
+        self.graph, self.half = graph, half
         self.nodes: list[onnx.NodeProto] = []
         self.initialisers: list[onnx.TensorProto] = []
-        for name in graph.parameters:
-            self.constant(name, weights[name])
+        self.values: list[tuple[str, tuple[int, ...], int]] = []
+        """Name, shape of one image and element type: the input, then every value that is to be told."""
+
+    def network(self, *, preprocess: bool, softmax: bool, every_layer: bool = False) -> None:
+        """Add the nodes from the input to the output, and what they need besides the parameters."""
+        from onnx import TensorProto
+
+        graph, half, value = self.graph, self.half, INPUT
+        inner = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        if preprocess:
+            size = input_size(graph)
+            self.values.append((PICTURES, (size, size, 3), TensorProto.UINT8))
+            self.prepare(graph)
+        self.values.append((INPUT, graph.input, TensorProto.FLOAT))
+        if half:
+            value = self.node("Cast", [INPUT], f"{INPUT}.half", to=TensorProto.FLOAT16)
+        for step in graph.steps:
+            last = step is graph.steps[-1]
+            target = OUTPUT if last and not (every_layer or half) else step.layer.name
+            if not self.add(step, value, target):
+                if not (last or every_layer):
+                    continue
+                self.node("Identity", [value], target)
+            self.values.append((target, step.output, inner))
+            value = target
+        if value != OUTPUT:
+            if half:
+                self.node("Cast", [value], OUTPUT, to=TensorProto.FLOAT)
+            else:
+                self.node("Identity", [value], OUTPUT)
+            self.values.append((OUTPUT, graph.output, TensorProto.FLOAT))
+        if softmax:
+            self.node("Softmax", [OUTPUT], PROBABILITIES, axis=1)
+            self.values.append((PROBABILITIES, graph.output, TensorProto.FLOAT))
 
     def constant(self, name: str, array: npt.NDArray[Any], *, wide: bool = False) -> str:
         from onnx import numpy_helper

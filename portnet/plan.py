@@ -149,9 +149,9 @@ def quick(names: Sequence[str] = (), *, precision: str = "float32", **options: A
             specs.append(_spec({"backend": backend.name, "precision": INT8}, **{"quick": True, **options}))
     # Nobody asks how fast the reference is, which is slow: its losses are what the others' are held against.
     specs = [replace(s, blocks=0) if parity.is_oracle(registry[s.backend]) else s for s in specs]
-    groups = [tuple(replace(s, mode=mode) for s in specs if _does(s.backend, mode)) for mode in ("train", "infer")]
-    groups = [tuple(s for s in g if s.blocks or s.mode == "train") for g in groups]
-    return Plan(groups=tuple(g for g in groups if g), left_out=tuple(left_out))
+    modes = [[replace(s, mode=mode) for s in specs if _does(s.backend, mode)] for mode in ("train", "infer")]
+    groups = [g for m in modes for g in _chunks([s for s in m if s.blocks or s.mode == "train"])]
+    return Plan(groups=tuple(groups), left_out=tuple(left_out))
 
 
 def carry_out(

@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from portnet import calibration, images, onnx_export
@@ -32,7 +33,8 @@ class Quantised:
     """A quantised file beside the float32 file: `bytes` of each, accuracy on the test split, and speed.
 
     `agree`: pictures of the `int8.count` that both rank alike. `speedup`: times as fast, the median over pairs that
-    were timed one after the other, between the least and the most (`slowest`, `fastest`): of one process, and quick.
+    were timed one after the other, between the least and the most (`slowest`, `fastest`): of one process, of `batch`
+    images, and quick.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Quantised:
     int8: Evaluation
     float32: Evaluation
     agree: int
+    batch: int
     speedup: float
     slowest: float
     fastest: float
@@ -75,26 +78,29 @@ def quantize(
     for x86 processors without VNNI, whose 16-bit sums saturate. What prepares pictures, or makes probabilities, in the
     file stays as it is.
 
-    Raises `OnnxFileError` for a file that is not opened, `InputError` for one that is quantised or narrow already and
-    for unfit data, `Unavailable` without ONNX Runtime, `Unsupported` for a backend that has no int8, and `ExportError`
-    where less than `keep` of float32's accuracy is left; the file is then left for inspection.
+    Nothing is written before that is done. Raises `OnnxFileError` for a file that is not opened, `InputError` for one
+    that is quantised or narrow already or ranks no better than chance, for a target that is the source, and for unfit
+    data, `Unavailable` without ONNX Runtime, `Unsupported` for a backend that has no int8, and `ExportError` where less
+    than `keep` of float32's accuracy is left.
     """
     if pictures < 1:
         raise InputError(f"at least one picture must set the ranges, got {pictures}")
     wide = OnnxNetwork(source, backend)
-    if wide.file.quantised or len(wide.file.content) < 4 * wide.graph.parameter_count:
+    if Path(target).exists() and Path(target).samefile(source):
+        raise InputError(f"{target} is the float32 file itself; name another for the result")
+    if wide.file.quantised or wide.file.half:
         raise InputError(f"{wide.file.path} is not float32; quantise the float32 file that it was made from")
     wide.backend.check(Settings(precision=INT8), wide.device)
     splits = data if isinstance(data, Splits) else images.load(data)
-    say(f"calibrating on {pictures} training pictures")
-    given = islice(_batches(wide, splits.train), -(-pictures // BATCH))
-    model = calibration.quantiser().quantise(wide.file.content, given, reduce_range=reduce_range)
-    notes = {"data": splits.train.name, "pictures": pictures, "reduce_range": reduce_range}
+    seen = splits.train.some(pictures)
+    say(f"calibrating on {len(seen)} training pictures")
+    model = calibration.quantiser().quantise(wide.file.content, _batches(wide, seen), reduce_range=reduce_range)
+    notes = {"data": splits.train.name, "pictures": len(seen), "reduce_range": reduce_range}
     model.metadata_props.add(key="quantisation", value=json.dumps(notes))
     model.producer_name = "portnet"
     content = onnx_export.seal(model.SerializeToString(deterministic=True))
-    path = write_atomically(target, content, InputError)
-    narrow = OnnxNetwork(path, backend)
+    with TemporaryDirectory() as folder:
+        narrow = OnnxNetwork(write_atomically(Path(folder, "quantised.onnx"), content, InputError), backend)
     say("accuracy of both")
     before, after = (net.evaluate(splits) for net in (wide, narrow))
     agree = sum(
@@ -102,33 +108,41 @@ def quantize(
         for b in images.evaluation_batches(splits.test, wide.prepares, batch=64)
     )
     say("speed of both, by turns")
-    ratios = _ratios(wide, narrow, next(_batches(wide, splits.test)))
+    batch = next(_batches(wide, splits.test))
+    ratios = _ratios(wide, narrow, batch)
     done = Quantised(
-        path=str(path),
+        path=os.fspath(target),
         backend=wide.backend.name,
         bytes=len(content),
         bytes_before=len(wide.file.content),
         int8=after,
         float32=before,
         agree=agree,
+        batch=len(batch),
         speedup=median(ratios),
         slowest=min(ratios),
         fastest=max(ratios),
     )
+    if keep and before.top1 < 2 / wide.graph.classes:
+        raise InputError(
+            f"{wide.file.path} ranks {before.top1:.1%} of the test pictures right, which is chance: train it first, or "
+            "keep 0 of that"
+        )
     if done.kept < keep:
         raise ExportError(
-            f"{path}: in int8 it ranks {after.top1:.1%} of {after.count} test pictures right, where float32 ranks "
-            f"{before.top1:.1%}: less than {keep:.0%} of it is left; calibrate on more pictures, or set reduce_range "
-            "on a processor without VNNI; the file is left for inspection"
+            f"{target} is not written: in int8 it ranks {after.top1:.1%} of {after.count} test pictures right, where "
+            f"float32 ranks {before.top1:.1%}: less than {keep:.0%} of it is left; calibrate on more pictures, or "
+            "set reduce_range on a processor without VNNI"
         )
+    write_atomically(target, content, InputError)
     return done
 
 
 def _batches(net: OnnxNetwork, data: DataSet) -> Iterator[Array]:
-    """Whole batches of a split as the file takes them."""
-    size = min(net.file.batch or BATCH, len(data))
+    """A split as the file takes it; where it takes a fixed number, whole batches only."""
+    size = net.file.batch or BATCH
     for batch in images.evaluation_batches(data, net.prepares, batch=size):
-        if len(batch.images) == size:
+        if net.file.batch in (None, len(batch.images)):
             yield net.of_prepared(batch.images)
 
 

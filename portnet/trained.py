@@ -17,7 +17,7 @@ from portnet.images import Splits
 STEPS, BATCH = 210, 64
 """Of the training; 210 steps are ten epochs of the digits."""
 LARGEST = 1000
-"""Pictures of the test split at most."""
+"""Pictures of the test split at most, evenly spaced."""
 TRAINERS = ("cpu", "reference")
 """Backends that may train it, the first that is here."""
 
@@ -62,8 +62,11 @@ def trained(graph: Graph, data: Splits, name: str, *, seed: int, say: Callable[[
         session.close()
         return dict(found)
 
-    shown = next(images.evaluation_batches(data.test, graph, batch=min(LARGEST, len(data.test))))
-    key = repr((graph, name, seed, batch, STEPS, device, cache.sources(backend), weights.digest({"i": shown.images})))
+    test = data.test.some(LARGEST)
+    shown = next(images.evaluation_batches(test, graph, batch=len(test)))
+    sample = next(images.evaluation_batches(data.train.some(LARGEST), graph, batch=64)).images
+    seen: dict[str, Array] = {"test": shown.images, "train": sample, "labels": data.train.labels, "ids": data.train.ids}
+    key = repr((graph, name, seed, batch, STEPS, device, cache.sources(backend), weights.digest(seen)))
     values = cache.arrays("trained", key, train)
 
     def refer() -> dict[str, Array]:

@@ -83,8 +83,9 @@ def test_float32_is_asked_for_and_tf32_too(fake_runtime):
     assert asked(cuda, "float32", fake_runtime) == {"use_tf32": "0"}
     assert asked(cuda, "tf32", fake_runtime) == {"use_tf32": "1"}
     assert asked(cuda, "float16", fake_runtime)["use_tf32"] == "0"
-    assert asked(BY_NAME["migraphx"], "bfloat16", fake_runtime) == {"migraphx_bf16_enable": "1"}
-    assert asked(BY_NAME["migraphx"], "float32", fake_runtime) == {}
+    narrow = ("migraphx_fp16_enable", "migraphx_bf16_enable")
+    for precision, on in (("float32", "00"), ("float16", "10"), ("bfloat16", "01")):
+        assert asked(BY_NAME["migraphx"], precision, fake_runtime) == dict(zip(narrow, on, strict=True))
     assert asked(BY_NAME["openvino"], "float32", fake_runtime)["precision"] == "FP32"
 
 
@@ -133,6 +134,66 @@ def test_a_provider_on_the_list_that_computes_on_the_cpu_is_not_believed():
     assert "AzureExecutionProvider" in onnxruntime.get_available_providers()
     with pytest.raises(Unavailable, match="starts, but a product asked of it ran on CPUExecutionProvider"):
         OnnxRuntime(AZURE).probe()
+
+
+def test_a_product_that_no_profile_shows_is_not_believed(monkeypatch):
+    monkeypatch.setattr(onnxruntime_ep, "profiled", lambda start, run: [])
+    with pytest.raises(Unavailable, match="ran on none that its profile names"):
+        OnnxRuntime().probe()
+
+
+def test_a_plug_ins_trouble_is_told(monkeypatch):
+    """A fake plug-in whose library is of another ONNX Runtime, and one that finds a device of another kind."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    fake = ModuleType("fake_plugin")
+    fake.get_library_path = lambda: "/none"
+    fake.__spec__ = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "fake_plugin", fake)
+    backend = OnnxRuntime(replace(BY_NAME["webgpu"], plugin="fake_plugin"))
+    with pytest.raises(Unavailable, match=r"the plug-in fake_plugin is installed, and finds no GPU .*\(.*none"):
+        backend.probe()
+
+    def device(kind):
+        return SimpleNamespace(ep_name=backend.provider, device=SimpleNamespace(type=SimpleNamespace(name=kind)))
+
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda *_: None)
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device("CPU"), device("GPU")])
+    assert [d.device.type.name for d in backend._plugged()] == ["GPU"]
+
+
+def test_what_is_out_of_memory_is_told_as_such(monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        OnnxRuntime(BY_NAME["cuda"]).start(b"", Settings())
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("NVIDIA H200, 143771, 580.1\n", {"name": "NVIDIA H200", "memory": 143771 * 2**20, "driver": "580.1"}),
+        ("NVIDIA H200, 143771, 580.1\n" * 8, {"name": "NVIDIA H200", "memory": 143771 * 2**20, "driver": "580.1"}),
+        ("NVIDIA H200, 143771, 580.1\nNVIDIA T4, 15360, 580.1\n", {}),
+        ("No devices were found\n", {}),
+    ],
+)
+def test_fake_drivers_tell_the_gpu(told, found, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(onnxruntime_ep.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=told))
+    assert onnxruntime_ep._nvidia() == found
+
+
+def test_int8_in_one_compiled_node_is_not_known(monkeypatch):
+    cpu = OnnxRuntime()
+    session = cpu.open_exported(calibration.calibrated(GRAPH, WEIGHTS, IMAGES), {}, Settings(precision="int8"))
+    node = {"name": "n", "operator": "Compiled-subgraph", "provider": cpu.provider, "seconds": 1.0}
+    monkeypatch.setattr(onnxruntime_ep, "profiled", lambda start, run: [node])
+    assert session.fallbacks(lambda: None) is None
 
 
 def test_strict_refuses_to_start_what_would_run_elsewhere():

@@ -71,6 +71,20 @@ def save(
 # Data sets
 
 
+def test_some_of_a_data_set_are_spread_over_it():
+    data = images.load("digits").train
+    few = data.some(10)
+    assert len(few) == 10
+    places = [int(np.flatnonzero(data.ids == i)[0]) for i in few.ids]
+    assert places[0] == 0
+    assert places[-1] == len(data) - 1
+    assert np.ptp(np.diff(places)) <= 1, "evenly"
+    for i, place in enumerate(places):
+        np.testing.assert_array_equal(few.read(i), data.read(place))
+        assert few.labels[i] == data.labels[place]
+    assert len(data.some(10**6)) == len(data)
+
+
 def test_import_does_not_load_pillow() -> None:
     code = "import sys, portnet.images; print({'PIL', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -10,7 +10,8 @@ import pytest
 
 import portnet
 
-NAMES = ["AlexNet", "Model", "PortNetError", "__version__", "backends", "graph", "load_data", "measure", "preprocess"]
+NAMES = ["AlexNet", "Model", "OnnxFileError", "PortNetError", "__version__", "backends", "export_onnx", "graph"]
+NAMES += ["load_data", "measure", "open_onnx", "preprocess", "quantize"]
 HEAVY = ["torch", "onnx", "onnxruntime", "click", "rich", "PIL", "matplotlib", "jinja2", "safetensors"]
 
 
@@ -38,15 +39,21 @@ def test_each_is_what_it_says():
     import portnet.errors
     import portnet.images
     import portnet.model
+    import portnet.module_export
     import portnet.own_model
     import portnet.plan
+    import portnet.quantization
 
     assert portnet.AlexNet is portnet.model.AlexNet
     assert portnet.Model is portnet.own_model.Model
+    assert portnet.OnnxFileError is portnet.errors.OnnxFileError
     assert portnet.PortNetError is portnet.errors.PortNetError
+    assert portnet.export_onnx is portnet.module_export.export_onnx
     assert portnet.load_data is portnet.images.load
     assert portnet.measure is portnet.plan.measure
+    assert portnet.open_onnx is portnet.model.open_onnx
     assert portnet.preprocess is portnet.images.preprocess
+    assert portnet.quantize is portnet.quantization.quantize
 
 
 def test_what_is_not_there():

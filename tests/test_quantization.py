@@ -84,7 +84,8 @@ def test_equal_files_of_equal_pictures(source, tmp_path):
     for name in ("a", "b"):
         portnet.quantize(source, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    portnet.quantize(source, tmp_path / "c", pictures=16)
+    portnet.quantize(source, tmp_path / "c", pictures=10)
+    assert onnx_file.read(tmp_path / "c").notes["quantisation"]["pictures"] == 10
     assert (tmp_path / "c").read_bytes() != (tmp_path / "a").read_bytes()
 
 
@@ -95,6 +96,8 @@ def test_what_else_a_file_does_is_kept(net, tmp_path, options):
     assert done.kept >= 0.99
     wide, narrow = (onnx_file.read(path) for path in (source, done.path))
     assert (narrow.input, narrow.output, narrow.batch) == (wide.input, wide.output, wide.batch)
+    assert narrow.notes["quantisation"]["pictures"] == 32
+    assert done.batch == (narrow.batch or 16)
 
 
 def test_a_preparing_file_gives_the_pipelines_answers(net, tmp_path):
@@ -123,9 +126,10 @@ def test_a_loss_of_accuracy_is_an_error(source, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(OnnxRuntime, "quantise", coarse)
-    with pytest.raises(ExportError, match=r"narrow.onnx: in int8 it ranks .* less than 99% of it is left"):
+    (tmp_path / "narrow.onnx").write_bytes(b"what was there")
+    with pytest.raises(ExportError, match=r"narrow.onnx is not written: in int8 it ranks .* less than 99% of it is"):
         portnet.quantize(source, tmp_path / "narrow.onnx")
-    assert (tmp_path / "narrow.onnx").exists(), "left for inspection"
+    assert (tmp_path / "narrow.onnx").read_bytes() == b"what was there"
     assert portnet.quantize(source, tmp_path / "narrow.onnx", keep=0.0).kept < 0.99
 
 
@@ -149,7 +153,7 @@ def test_calibration_never_sees_a_test_picture(source, tmp_path, monkeypatch):
     every = np.concatenate(seen)
     assert every.shape == (128, 3, 16, 16)
     graph = portnet.open_onnx(source).graph
-    train = next(images.evaluation_batches(data.train, graph, batch=128)).images
+    train = next(images.evaluation_batches(data.train.some(128), graph, batch=128)).images
     np.testing.assert_array_equal(every, train)
 
 
@@ -164,6 +168,11 @@ def test_mistakes(source, net, tmp_path):
         portnet.quantize(source, tmp_path / "again.onnx", pictures=0)
     with pytest.raises(InputError, match="no folder"):
         portnet.quantize(source, tmp_path / "missing" / "again.onnx")
+    with pytest.raises(InputError, match="is the float32 file itself"):
+        portnet.quantize(source, source)
+    untrained = portnet.AlexNet("cpu", "tiny", classes=10).export_onnx(tmp_path / "untrained.onnx")
+    with pytest.raises(InputError, match="which is chance: train it first"):
+        portnet.quantize(untrained.path, tmp_path / "again.onnx")
     with pytest.raises(Unsupported, match="backend cpu runs no ONNX files"):
         portnet.quantize(source, tmp_path / "again.onnx", backend="cpu")
     with pytest.raises(portnet.OnnxFileError, match="there is no such file"):

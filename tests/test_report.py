@@ -328,8 +328,9 @@ def test_answers_stand_side_by_side() -> None:
         ("onnxruntime/eager/float32", "95.0%", "359 of 360", "1.2e-07", "4,800 quick", "227.6"),
     ]
     told = table.answers_told(rows)
-    assert "(SHA-256 cdcdcdcdcdcdcdcd) on 360 test pictures at 99 pixels" in told
-    assert "the float64 reference ranks 343 of them right" in told
+    assert "Weights cdcdcdcd (their SHA-256) on 360 test pictures at 99 pixels" in told
+    assert "the float64 reference ranks 343 right" in told
+    assert "of the network that was timed, at 227 pixels and with initial weights" in told
     shown = Page(page.render([REFERENCE, PLAIN, ANSWERED, ABSENT]))
     assert ["onnxruntime/eager/float32", "95.0%", "359 of 360", "1.2e-07", "4,800 quick", "227.6"] in shown.rows
     assert table.answered(lockin.rows([REFERENCE, CPU])) == []
@@ -338,7 +339,15 @@ def test_answers_stand_side_by_side() -> None:
 
 def test_answers_of_other_weights_are_not_held_together() -> None:
     other = replace(ANSWERED, answers={**GIVEN, "weights": "ef" * 32, "error": 0.0})
-    assert table.answers_told(lockin.rows([PLAIN, other])).startswith("Not all stacks had the same trained weights")
+    told = table.answers_told(lockin.rows([PLAIN, other]))
+    assert "Weights cdcdcdcd" in told
+    assert "Weights efefefef" in told
+    assert "Accuracies of different weights are not to be compared" in told
+    assert "of the network that was timed" in told
+    assert [line[0] for line in table.answered(lockin.rows([PLAIN, other]))] == [
+        "cpu/eager/float32, weights cdcdcdcd",
+        "onnxruntime/eager/float32, weights efefefef",
+    ]
 
 
 def test_answers_of_training_and_inference_meet_in_one_row() -> None:

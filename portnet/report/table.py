@@ -46,7 +46,7 @@ def summary(rows: Sequence[Row]) -> Table:
     for label, row in zip(labels(rows), rows, strict=True):
         if row.record.outcome != "not available":
             table.add_row(
-                Text(f"{_broken(label, 26)}\n").append(device(row.record), style="dim"),
+                Text(f"{_broken(label, 25)}\n").append(device(row.record), style="dim"),
                 Text(row.record.outcome, style=STYLES.get(row.record.outcome, "red")),
                 Text(speed(row, "train").replace(" quick", "\nquick")),
                 Text(speed(row, "infer").replace(" quick", "\nquick")),
@@ -89,9 +89,11 @@ ANSWERS = ("Stack", "Top-1", "As the reference", "Logit error", "Images/s", "Fil
 def answered(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line for each stack that answered, under the headings of `ANSWERS`."""
     lines: list[tuple[str, ...]] = []
+    several = len(_networks(rows)) > 1
     for label, row in zip(labels(rows), rows, strict=True):
         if not (seen := row.record.answers):
             continue
+        label += f", weights {plain(seen['weights'])[:8]}" if several else ""
         size = row.record.effective.get("file")
         lines.append(
             (
@@ -108,17 +110,24 @@ def answered(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def answers_told(rows: Sequence[Row]) -> str:
     """What `answered` is about, in sentences."""
-    given = [row.record.answers for row in rows if row.record.answers]
-    networks = {(seen["weights"], seen["pixels"], seen["count"]) for seen in given}
-    if len(networks) > 1:
-        return "Not all stacks had the same trained weights or pictures: compare only those that did."
-    seen = given[0]
+    told = [
+        f"Weights {plain(weights)[:8]} (their SHA-256) on {count} test pictures at {pixels} pixels, of which the "
+        f"float64 reference ranks {right} right."
+        for weights, pixels, count, right in _networks(rows)
+    ]
+    if len(told) > 1:
+        told.append("Accuracies of different weights are not to be compared.")
+    timed = sorted({row.spec.image_size for row in rows if row.record.answers})
     return (
-        f"Trained weights (SHA-256 {plain(seen['weights'])[:16]}) on {seen['count']} test pictures at {seen['pixels']} "
-        f"pixels, the same for every stack; the float64 reference ranks {seen['right_by_reference']} of them right. "
-        "As the reference: how often its first class is the reference's. Images/s and the file are of the network that "
-        "was timed."
+        f"{' '.join(told)} As the reference: how often its first class is the reference's. Images/s and the file are "
+        f"of the network that was timed, at {' or '.join(map(str, timed))} pixels and with initial weights."
     )
+
+
+def _networks(rows: Sequence[Row]) -> list[tuple[str, int, int, int]]:
+    """What was answered with: weights, pixels, pictures, and how many of those the reference has right."""
+    keys = ("weights", "pixels", "count", "right_by_reference")
+    return list(dict.fromkeys(tuple(row.record.answers[k] for k in keys) for row in rows if row.record.answers))
 
 
 def answers(rows: Sequence[Row]) -> Table:
@@ -129,7 +138,7 @@ def answers(rows: Sequence[Row]) -> Table:
         table.add_column(name.replace(", ", ",\n").replace("As the ", "As the\n"), overflow="fold",
                          justify="left" if name == "Stack" else "right")  # fmt: skip
     for label, *cells in answered(rows):
-        table.add_row(Text(_broken(label, 26)), *(Text(cell.replace(" quick", "\nquick")) for cell in cells))
+        table.add_row(Text(_broken(label, 25)), *(Text(cell.replace(" quick", "\nquick")) for cell in cells))
     table.caption = Text(f"\n{answers_told(rows)}")
     table.caption_style, table.caption_justify = "", "left"
     return table
