@@ -326,7 +326,8 @@ class OnnxRuntime(Backend):
                     "without strict to see which operators those are"
                 ) from error
             kind = type(error).__name__
-            if kind in ("NotImplemented", "InvalidGraph", "InvalidProtobuf", "InvalidArgument"):
+            # The CPU's provider needs nothing that could be missing: what it does not start is the model's fault.
+            if self.about is CPU or kind in ("NotImplemented", "InvalidGraph", "InvalidProtobuf", "InvalidArgument"):
                 raise Unsupported(f"ONNX Runtime refuses the model: {kind}: {first}") from error
             raise Unavailable(
                 f"ONNX Runtime could not start {self.provider}: {kind}: {first}",

@@ -14,8 +14,8 @@ from portnet.contract import Array, Settings, Unavailable
 from portnet.graph import Graph
 from portnet.images import Splits
 
-STEPS, BATCH = 210, 64
-"""Of the training; 210 steps are ten epochs of the digits."""
+STEPS, BATCH = 210, 32
+"""Of the training: five epochs of the digits."""
 LARGEST = 1000
 """Pictures of the test split at most, evenly spaced."""
 TRAINERS = ("cpu", "reference")

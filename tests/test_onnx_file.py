@@ -1055,7 +1055,7 @@ def test_a_network_computes_what_the_one_it_came_from_does(tmp_path):
         np.testing.assert_allclose(found, net(given(batch)), rtol=0, atol=1e-5 * np.abs(found).max())
     assert (opened.graph, opened.class_names, opened.whole) == (net.graph, ("cat", "dog"), False)
     assert (opened.settings.precision, opened.file.content) == ("float32", path.read_bytes())
-    assert repr(opened).startswith(f"<OnnxNetwork {path}, small, float32, on onnxruntime-cpu (")
+    assert repr(opened).startswith(f"<OnnxNetwork {path}, small, float32 weights, on onnxruntime-cpu (")
     picture = np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8)
     assert opened.classify(picture, top=2) == [(n, pytest.approx(p, abs=1e-5)) for n, p in net.classify(picture, top=2)]
     with pytest.raises(InputError, match="top must be at least 1"):
