@@ -32,7 +32,7 @@ class OnnxSession(Session):
     ) -> None:
         if graph is not None and settings.precision == "int8":
             raise Unsupported(
-                "int8 needs pictures to calibrate on: 'portnet quantize' makes such a file of an ONNX file"
+                "int8 runs files that were calibrated on pictures: portnet.quantize makes one, open_onnx runs it"
             )
         self.backend, self.settings, self.graph, self.content = backend, settings, graph, content
         # No runtime gives initialisers back; nothing changes them either.

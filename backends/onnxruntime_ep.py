@@ -207,7 +207,7 @@ class OnnxRuntime(Backend):
         if self.provider not in offered:
             raise Unavailable(
                 f"the installed ONNX Runtime {runtime.__version__} has no {self.provider}, only "
-                f"{', '.join(dict.fromkeys(offered))}",
+                f"{', '.join(p for p in dict.fromkeys(offered) if p != 'AzureExecutionProvider')}",
                 self.about.install if self.about.plugin else f"in a new environment, {self.about.install}",
             )
         n = 8

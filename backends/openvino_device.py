@@ -51,7 +51,7 @@ class OpenVino(Backend):
         if not any(d.partition(".")[0] == self.kind for d in core.available_devices):
             raise Unavailable(
                 f"OpenVINO {openvino.__version__} finds no {self.kind}, only {', '.join(core.available_devices)}",
-                "install the driver of the device",
+                "if the machine has one, install its driver",
             )
         able = core.get_property(self.kind, "OPTIMIZATION_CAPABILITIES")
         return Device(

@@ -16,7 +16,16 @@ from click.core import ParameterSource
 import portnet
 from portnet import cli_report, host, plugins
 from portnet.contract import INT8, PRECISIONS
-from portnet.errors import InputError, PictureError, PluginError, PortNetError, RecordError, Unavailable, WeightsError
+from portnet.errors import (
+    InputError,
+    OnnxFileError,
+    PictureError,
+    PluginError,
+    PortNetError,
+    RecordError,
+    Unavailable,
+    WeightsError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
     from portnet.plan import Plan
     from portnet.record import Record, Spec
 
-MISTAKES = (InputError, PictureError, PluginError, RecordError, WeightsError)
+MISTAKES = (InputError, OnnxFileError, PictureError, PluginError, RecordError, WeightsError)
 """Errors that the user can mend on the command line; the others are failed runs."""
 
 FILE = click.Path(path_type=Path)
@@ -463,7 +472,7 @@ def infer(
     if weights.suffix == ".onnx":
         if click.get_current_context().get_parameter_source("precision") != ParameterSource.DEFAULT:
             raise click.UsageError("--precision: an ONNX file has its own")
-        net = portnet.open_onnx(weights, "onnxruntime-cpu" if backend == "auto" else backend)
+        net = portnet.open_onnx(weights, backend)
     else:
         net = portnet.AlexNet.load(weights, backend, precision=precision)
     found, missing = [], False
@@ -528,7 +537,12 @@ def export(
 @click.argument("source", type=FILE)
 @click.argument("target", type=FILE)
 @click.option("--data", default="digits", show_default=True, help="digits, synthetic, or a folder of class/name.jpg.")
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Where both files are run.")
+@click.option(
+    "--backend",
+    default="onnxruntime-cpu",
+    show_default=True,
+    help="Where both files are run and compared; the result is the same file.",
+)
 @click.option(
     "--pictures", type=click.IntRange(1), default=128, show_default=True, help="Training pictures to calibrate on."
 )
@@ -563,11 +577,11 @@ def quantize(
     click.echo(f"{done.path}: {done.bytes / 1e6:.1f} MB, {done.size:.3f} of float32's {done.bytes_before / 1e6:.1f} MB")
     click.echo(
         f"top-1 {done.int8.top1:.1%} of {done.int8.count} test pictures, float32 {done.float32.top1:.1%}; "
-        f"{done.agree} ranked alike"
+        f"{done.agree} have the same first class in both"
     )
     click.echo(
         f"on {done.backend} {done.speedup:.2f} times as fast at batch {done.batch} (quick: {done.slowest:.2f} to "
-        f"{done.fastest:.2f} in one process)"
+        f"{done.fastest:.2f} from pair to pair)"
     )
 
 

@@ -285,11 +285,10 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *, strict: bool = False) -> None:
-        self.backend = plugins.choose(backend)
+        self.backend = plugins.choose("onnxruntime-cpu" if backend == "auto" else backend)
         if not isinstance(self.backend, TakesExports):
             raise Unsupported(
-                f"backend {self.backend.name} runs no ONNX files; name one that does, such as onnxruntime-cpu, or make "
-                "the network anew with portnet.AlexNet"
+                f"backend {self.backend.name} runs no ONNX files; name one that does, such as onnxruntime-cpu"
             )
         self.file = onnx_file.read(path)
         self.graph, self.class_names, self.whole = self.file.graph, self.file.class_names, self.file.whole
@@ -390,8 +389,8 @@ def open_onnx(path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *,
     """The network in an ONNX file that PortNet wrote, ready to run; see `OnnxNetwork`.
 
     The file is checked first, and need not be trusted: it runs only if its nodes are those that PortNet writes for the
-    network that it names, and it brings all its data along. `backend`: one that runs ONNX files. With `strict`, nothing
-    is computed elsewhere than on the backend's device.
+    network that it names, and it brings all its data along. `backend`: one that runs ONNX files, ``auto`` for ONNX
+    Runtime on the CPU. With `strict`, nothing is computed elsewhere than on the backend's device.
 
     Raises `OnnxFileError` for a file that is not opened, `UnknownName` for an unknown backend, `Unavailable` where the
     device cannot be used, and `Unsupported` where the backend runs no such files, or not this one.
@@ -428,6 +427,10 @@ class _Prepared(Session):
 def _pixels(picture: str | os.PathLike[str] | Array, top: int) -> Array:
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
+    if not isinstance(picture, np.ndarray | str | os.PathLike):
+        raise InputError(
+            f"a picture is a file, or uint8 (height, width, 3), one at a time; got {type(picture).__name__}"
+        )
     return picture if isinstance(picture, np.ndarray) else images.read_picture(picture)
 
 

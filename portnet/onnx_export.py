@@ -69,8 +69,10 @@ def lower(
     from onnx import defs, helper
 
     newest = defs.onnx_opset_version()
-    if not OLDEST_OPSET <= opset <= newest:
-        raise InputError(f"opset must lie between {OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset}")
+    if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= newest:
+        raise InputError(
+            f"opset must lie between {OLDEST_OPSET} and {newest}, the newest that onnx knows; got {opset!r}"
+        )
     if batch is not None and not 1 <= batch < 2**31:
         raise InputError(f"a fixed batch must be at least 1, got {batch}")
     _check(graph, weights)

@@ -181,7 +181,11 @@ def _parsed(path: Path, content: bytes) -> "onnx.ModelProto":
         raise OnnxFileError(path, "damaged", told)
     if not model.HasField("graph"):
         raise OnnxFileError(path, "not ONNX", "it holds no model; expected a file that portnet export wrote")
-    raise OnnxFileError(path, "foreign", "it has no seal of PortNet's; only files that portnet export wrote are opened")
+    raise OnnxFileError(
+        path,
+        "foreign",
+        "it has no seal of PortNet's; only AlexNet is opened, as portnet export writes it",
+    )
 
 
 def _well_formed(path: Path, content: bytes) -> bool:

@@ -85,6 +85,10 @@ def quantize(
     """
     if pictures < 1:
         raise InputError(f"at least one picture must set the ranges, got {pictures}")
+    if not 0 <= keep <= 1:
+        raise InputError(f"keep is a share of float32's accuracy, from 0 to 1, got {keep}")
+    if Path(target).is_dir() or not Path(target).parent.is_dir():
+        raise InputError(f"cannot write {target}: " + ("it is a folder" if Path(target).is_dir() else "no such folder"))
     wide = OnnxNetwork(source, backend)
     if Path(target).exists() and Path(target).samefile(source):
         raise InputError(f"{target} is the float32 file itself; name another for the result")
@@ -92,11 +96,15 @@ def quantize(
         raise InputError(f"{wide.file.path} is not float32; quantise the float32 file that it was made from")
     wide.backend.check(Settings(precision=INT8), wide.device)
     splits = data if isinstance(data, Splits) else images.load(data)
+    _check_classes(wide, splits.train)
     seen = splits.train.some(pictures)
     say(f"calibrating on {len(seen)} training pictures")
     model = calibration.quantiser().quantise(wide.file.content, _batches(wide, seen), reduce_range=reduce_range)
     notes = {"data": splits.train.name, "pictures": len(seen), "reduce_range": reduce_range}
-    model.metadata_props.add(key="quantisation", value=json.dumps(notes))
+    own = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != "onnx.infer"]
+    del model.metadata_props[:]
+    for key, value in [*own, ("quantisation", json.dumps(notes))]:
+        model.metadata_props.add(key=key, value=value)
     model.producer_name = "portnet"
     content = onnx_export.seal(model.SerializeToString(deterministic=True))
     with TemporaryDirectory() as folder:
@@ -126,7 +134,7 @@ def quantize(
     if keep and before.top1 < 2 / wide.graph.classes:
         raise InputError(
             f"{wide.file.path} ranks {before.top1:.1%} of the test pictures right, which is chance: train it first, or "
-            "keep 0 of that"
+            "set keep to 0"
         )
     if done.kept < keep:
         raise ExportError(
@@ -136,6 +144,20 @@ def quantize(
         )
     write_atomically(target, content, InputError)
     return done
+
+
+def _check_classes(net: OnnxNetwork, data: DataSet) -> None:
+    """Accuracy on other classes than the network's would say nothing, and their pictures set other ranges."""
+    if len(data.class_names) != net.graph.classes:
+        raise InputError(
+            f"{net.file.path} has {net.graph.classes} classes, and {data.name} has {len(data.class_names)}; give the "
+            "data set that it was trained on"
+        )
+    if net.class_names and net.class_names != data.class_names:
+        raise InputError(
+            f"{net.file.path} was trained on other classes ({', '.join(net.class_names[:3])}, ...) than {data.name} "
+            f"has ({', '.join(data.class_names[:3])}, ...)"
+        )
 
 
 def _batches(net: OnnxNetwork, data: DataSet) -> Iterator[Array]:

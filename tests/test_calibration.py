@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from portnet import alexnet, cache, calibration, images, parity, plugins, trained, weights
+from portnet import alexnet, cache, calibration, images, parity, plan, plugins, trained, weights
 from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
 from portnet.graph import LRN
@@ -122,7 +122,7 @@ def test_backends_that_run_no_files_refuse_int8():
     for name in ("cpu", "reference"):
         with pytest.raises(Unsupported, match=f"{name} does not compute in 'int8'"):
             calibration.opened(plugins.backends()[name], case.graph, case.weights, INT8, lambda: case.images)
-    with pytest.raises(Unsupported, match="int8 needs pictures to calibrate on"):
+    with pytest.raises(Unsupported, match="int8 runs files that were calibrated"):
         ORT.open(case.graph, case.weights, INT8)
 
 
@@ -191,6 +191,32 @@ def test_a_damaged_cache_is_made_again(short):
     assert weights.digest(again.weights) == weights.digest(first.weights)
     np.testing.assert_array_equal(again.logits, first.logits)
     assert first.right == int((first.logits.argmax(axis=1) == first.labels).sum())
+
+
+def test_compare_asks_for_int8_where_it_is_to_be_had(monkeypatch):
+    """With fakes of more backends than are measured at once."""
+    from portnet.contract import Device
+
+    class FakeRunner(type(ORT)):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+    fakes = [FakeRunner(f"fake-{i}") for i in range(3)]
+    registry = plugins.Registry([*plugins.backends().values(), *fakes], [])
+    monkeypatch.setattr(plugins, "backends", lambda: registry)
+    found = {b.name: Device(name="x", precisions=("float32", "int8")[: 2 - i % 2]) for i, b in enumerate(fakes)}
+    monkeypatch.setattr(plan.launch, "probes", lambda chosen: found)
+    groups = plan.quick([b.name for b in fakes]).groups
+    assert [[(s.backend, s.precision) for s in group] for group in groups] == [
+        [("fake-0", "float32"), ("fake-0", "int8"), ("fake-1", "float32"), ("fake-2", "float32")],
+        [("fake-2", "int8")],
+    ]
+    assert all(s.mode == "infer" and s.quick for group in groups for s in group)
+    for narrower in ({"precision": "bfloat16"}, {"model": "small:residual"}):
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "own_model")
+        specs = [s for group in plan.quick([b.name for b in fakes], **narrower).groups for s in group]
+        assert not any(s.precision == "int8" for s in specs)
 
 
 def test_arrays_are_kept_by_name_and_key(tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def test_a_quantised_file_keeps_the_accuracy_at_a_quarter_of_the_size(source, tm
     assert narrow.class_names == tuple("0123456789")
     assert narrow.notes["quantisation"] == {"data": "digits", "pictures": 128, "reduce_range": False}
     assert narrow.weights_digest == onnx_file.read(source).weights_digest
+    assert "onnx.infer" not in narrow.notes
     onnx.checker.check_model(str(narrow.path), full_check=True)
 
 
@@ -166,8 +167,17 @@ def test_mistakes(source, net, tmp_path):
         portnet.quantize(half.path, tmp_path / "again.onnx")
     with pytest.raises(InputError, match="at least one picture"):
         portnet.quantize(source, tmp_path / "again.onnx", pictures=0)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="no such folder"):
         portnet.quantize(source, tmp_path / "missing" / "again.onnx")
+    with pytest.raises(InputError, match=r"keep is a share .* got 3"):
+        portnet.quantize(source, tmp_path / "again.onnx", keep=3)
+    with pytest.raises(InputError, match="it is a folder"):
+        portnet.quantize(source, tmp_path)
+    with pytest.raises(InputError, match=r"was trained on other classes \(0, 1, 2, ...\) than synthetic has"):
+        portnet.quantize(source, tmp_path / "again.onnx", "synthetic")
+    many = portnet.AlexNet("cpu", "tiny", classes=12).export_onnx(tmp_path / "many.onnx")
+    with pytest.raises(InputError, match=r"many.onnx has 12 classes, and digits has 10; give the data set"):
+        portnet.quantize(many.path, tmp_path / "again.onnx")
     with pytest.raises(InputError, match="is the float32 file itself"):
         portnet.quantize(source, source)
     untrained = portnet.AlexNet("cpu", "tiny", classes=10).export_onnx(tmp_path / "untrained.onnx")
@@ -197,6 +207,7 @@ def test_the_command_line(source, tmp_path):
     assert told["size"] == pytest.approx(told["bytes"] / told["bytes_before"])
     assert told["int8"]["count"] == 360
     portnet_("quantize", tmp_path / "narrow.onnx", tmp_path / "b.onnx", status=2)
+    portnet_("quantize", tmp_path / "none.onnx", tmp_path / "b.onnx", status=2)
 
 
 def test_an_onnx_file_classifies_pictures(net, source, tmp_path):
