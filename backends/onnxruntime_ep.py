@@ -36,7 +36,6 @@ from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet.onnx_export import OUTPUT, one_matmul
-from portnet.serving import out_of_memory
 from portnet_backends import timing
 from portnet_backends.onnx_session import OnnxSession
 from portnet_backends.onnxruntime_quantize import quantise
@@ -317,6 +316,8 @@ class OnnxRuntime(Backend):
             # Its own fallback is to the CPU, with a line on standard output.
             session = InferenceSession(model, options, enable_fallback=0, **how)
         except Exception as error:  # its errors have no common base
+            from portnet.serving import out_of_memory  # which loads what listing backends must not
+
             if out_of_memory(error):
                 raise
             first = str(error).strip().partition("\n")[0]

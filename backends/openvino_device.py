@@ -27,7 +27,6 @@ from portnet.contract import (
 from portnet.graph import Graph
 from portnet.hookspecs import hookimpl
 from portnet.onnx_export import OUTPUT, one_matmul
-from portnet.serving import out_of_memory
 from portnet_backends import timing
 from portnet_backends.onnx_session import OnnxSession
 
@@ -82,6 +81,8 @@ class OpenVino(Backend):
         try:
             compiled = core.compile_model(core.read_model(io.BytesIO(model)), self.kind, asked)
         except RuntimeError as error:
+            from portnet.serving import out_of_memory  # which loads what listing backends must not
+
             if out_of_memory(error):
                 raise
             first = str(error).strip().splitlines()[-1]
