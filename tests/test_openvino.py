@@ -133,6 +133,8 @@ def test_ceilings():
     found = OpenVino().ceilings("float32")
     assert 1e9 < found.flops < 1e14
     assert found.bandwidth is None
+    assert len(found.samples["convolution"]) == 2
+    assert found.flops == max(rate for rates in found.samples.values() for rate in rates)
 
 
 def test_what_is_no_model_is_refused():
