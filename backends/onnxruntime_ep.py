@@ -32,6 +32,7 @@ from portnet.contract import (
     Unsupported,
     Weights,
 )
+from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
@@ -316,8 +317,6 @@ class OnnxRuntime(Backend):
             # Its own fallback is to the CPU, with a line on standard output.
             session = InferenceSession(model, options, enable_fallback=0, **how)
         except Exception as error:  # its errors have no common base
-            from portnet.serving import out_of_memory  # which loads what listing backends must not
-
             if out_of_memory(error):
                 raise
             first = str(error).strip().partition("\n")[0]

@@ -26,6 +26,7 @@ from portnet.contract import (
     Unsupported,
     Weights,
 )
+from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.onnx_export import OUTPUT, lower, one_matmul
@@ -83,8 +84,6 @@ class OpenVino(Backend):
         try:
             compiled = core.compile_model(core.read_model(io.BytesIO(model)), self.kind, asked)
         except RuntimeError as error:
-            from portnet.serving import out_of_memory  # which loads what listing backends must not
-
             if out_of_memory(error):
                 raise
             first = str(error).strip().splitlines()[-1]

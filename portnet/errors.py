@@ -71,3 +71,10 @@ class PluginError(PortNetError):
 
 class RecordError(PortNetError):
     """A record is damaged or of an unknown schema."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Frameworks have their own names for it: torch.OutOfMemoryError, XPU's, ONNX Runtime's, and torch's on a CPU."""
+    name, text = type(error).__name__.lower(), str(error).lower()
+    known = "out of memory", "can't allocate", "failed to allocate"
+    return isinstance(error, MemoryError) or "outofmemory" in name or any(words in text for words in known)

@@ -24,11 +24,11 @@ import psutil
 
 from portnet import clock, lockin, parity, plugins, stats
 from portnet.contract import INT8, PRECISIONS, Array, Backend, Session, Settings
-from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported
+from portnet.errors import InputError, PortNetError, Unavailable, UnknownName, Unsupported, out_of_memory
 from portnet.graph import Cost
 from portnet.own_model import workload
 from portnet.record import Record, Spec
-from portnet.serving import Wrong, out_of_memory, serve
+from portnet.serving import Wrong, serve
 from portnet.watch import Energy, Watch, busy_before
 from portnet.workload import Say, curve_verdict, effective
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from portnet import clock, stats
 from portnet.contract import Array, Backend, Session, Settings
+from portnet.errors import out_of_memory
 from portnet.watch import Watch, available_memory
 from portnet.workload import Say, Workload
 
@@ -152,10 +153,3 @@ def _bus(session: Session, *, unified: bool) -> dict[str, Any]:
         session.get(there)
         rates["to_host"].append(host.nbytes / (perf_counter() - began))
     return {k: median(v[1:]) for k, v in rates.items()} | {"samples": rates}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Frameworks have their own names for it: torch.OutOfMemoryError, XPU's, ONNX Runtime's, and torch's on a CPU."""
-    name, text = type(error).__name__.lower(), str(error).lower()
-    known = "out of memory", "can't allocate", "failed to allocate"
-    return isinstance(error, MemoryError) or "outofmemory" in name or any(words in text for words in known)
