@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from portnet.contract import Array, Backend, Session, Settings, Trace, Unsupported, Weights
 from portnet.graph import Graph
-from portnet.onnx_export import lower
+from portnet.onnx_export import OUTPUT, lower
 
 
 class OnnxSession(Session):
@@ -17,9 +17,6 @@ class OnnxSession(Session):
 
     A subclass starts models, and runs the one in `running` by `put`, `infer`, `get` and `synchronize`.
     """
-
-    half = False
-    """Whether the graph is written in float16, and not in float32 that the runtime narrows."""
 
     def __init__(
         self,
@@ -50,11 +47,15 @@ class OnnxSession(Session):
     def outputs(self, started: Any, images: Array) -> list[Array]:
         """Everything that a started model gives for host images, in order."""
 
+    def half(self) -> bool:
+        """Whether the graph is written in float16, and not in float32 that the runtime narrows."""
+        return False
+
     def model(self, *, every_layer: bool = False) -> bytes:
         """What is run, serialised."""
         if self.graph is None:
             return self.content
-        return lower(self.graph, self.parameters, every_layer=every_layer, half=self.half).SerializeToString()
+        return lower(self.graph, self.parameters, every_layer=every_layer, half=self.half()).SerializeToString()
 
     def file_size(self) -> int:
         return self.size
@@ -76,3 +77,10 @@ class OnnxSession(Session):
     def close(self) -> None:
         self.running = self.tracer = None
         self.parameters, self.content = {}, b""
+
+
+def layer_of(value: str, graph: Graph) -> str | None:
+    """The layer whose node gives that value: named after it, or after it and a dot; the last one's is the logits."""
+    if value == OUTPUT:
+        return graph.layers[-1].name
+    return next((x.name for x in graph.layers if value == x.name or value.startswith(f"{x.name}.")), None)

@@ -36,9 +36,9 @@ from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
-from portnet.onnx_export import OUTPUT, one_matmul
+from portnet.onnx_export import one_matmul
 from portnet_backends import timing
-from portnet_backends.onnx_session import OnnxSession
+from portnet_backends.onnx_session import OnnxSession, layer_of
 from portnet_backends.onnxruntime_quantize import quantise
 
 NOT_VERIFIED = "not yet verified on hardware"
@@ -408,8 +408,7 @@ class OnnxRuntimeSession(OnnxSession):
     backend: OnnxRuntime
     binding: Any = None
 
-    @property
-    def half(self) -> bool:  # type: ignore[override]
+    def half(self) -> bool:
         return self.backend.about.half and self.settings.precision == "float16"
 
     def start(self, model: bytes, *, profile: Path | None = None) -> Any:
@@ -542,10 +541,7 @@ def by_layer(ran: Iterable[Mapping[str, Any]], graph: Graph) -> dict[str, float]
     names = [layer.name for layer in graph.layers]
     found: dict[str, float] = {}
     for (name, operator), taken in seconds.items():
-        plain = name.removeprefix("fused ").removesuffix("_nchwc")
-        of = next((n for n in names if plain == n or plain.startswith(f"{n}.")), None)
-        if plain == OUTPUT:
-            of = names[-1]
+        of = layer_of(name.removeprefix("fused ").removesuffix("_nchwc"), graph)
         if of is None:
             continue
         if operator in ("Conv", "FusedConv"):

@@ -29,9 +29,9 @@ from portnet.contract import (
 from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
-from portnet.onnx_export import OUTPUT, lower, one_matmul
+from portnet.onnx_export import lower, one_matmul
 from portnet_backends import timing
-from portnet_backends.onnx_session import OnnxSession
+from portnet_backends.onnx_session import OnnxSession, layer_of
 
 INSTALL = "pip install 'portnet[openvino]'"
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}
@@ -254,10 +254,7 @@ def by_layer(seconds: Mapping[str, float], graph: Graph) -> dict[str, float]:
     names = [layer.name for layer in graph.layers]
     found: dict[str, float] = {}
     for node, taken in seconds.items():
-        stem = node.partition("/")[0]
-        of = next((n for n in names if stem == n or stem.startswith(f"{n}.")), None)
-        if stem == OUTPUT:
-            of = names[-1]
+        of = layer_of(node.partition("/")[0], graph)
         if of is not None and taken:
             found[of] = found.get(of, 0.0) + taken
     return {name: found[name] for name in names if name in found}

@@ -32,7 +32,7 @@ class Quantiser(Protocol):
 
 def quantiser() -> Quantiser:
     """ONNX Runtime's static quantisation. Raises `Unavailable` where it is not installed."""
-    backend = plugins.backends().get("onnxruntime-cpu")
+    backend = plugins.backends().get(plugins.RUNNER)
     if backend is None:
         raise Unavailable(
             "int8 is made by ONNX Runtime's tools, whose backend is missing", "pip install 'portnet[cpu]'"

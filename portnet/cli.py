@@ -539,7 +539,7 @@ def export(
 @click.option("--data", default="digits", show_default=True, help="digits, synthetic, or a folder of class/name.jpg.")
 @click.option(
     "--backend",
-    default="onnxruntime-cpu",
+    default=plugins.RUNNER,
     show_default=True,
     help="Where both files are run and compared; the result is the same file.",
 )

@@ -239,7 +239,7 @@ class AlexNet:
         return self._verify(written, arrays, **how)
 
     def _verify(self, path: Path, arrays: Mapping[str, Any], *, batch: int | None, **how: Any) -> Export:
-        runner: Any = plugins.backends().get("onnxruntime-cpu")
+        runner: Any = plugins.backends().get(plugins.RUNNER)
         if runner is None:
             return Export(path=path, error=None)
         case = parity.Case(self.graph, batch=batch or 4)
@@ -284,11 +284,11 @@ class OnnxNetwork:
     it is quantised, otherwise in ``float32``, or on a device without that in the first precision that it has.
     """
 
-    def __init__(self, path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *, strict: bool = False) -> None:
-        self.backend = plugins.choose("onnxruntime-cpu" if backend == "auto" else backend)
+    def __init__(self, path: str | os.PathLike[str], backend: str = plugins.RUNNER, *, strict: bool = False) -> None:
+        self.backend = plugins.choose(plugins.RUNNER if backend == "auto" else backend)
         if not isinstance(self.backend, TakesExports):
             raise Unsupported(
-                f"backend {self.backend.name} runs no ONNX files; name one that does, such as onnxruntime-cpu"
+                f"backend {self.backend.name} runs no ONNX files; name one that does, such as {plugins.RUNNER}"
             )
         self.file = onnx_file.read(path)
         self.graph, self.class_names, self.whole = self.file.graph, self.file.class_names, self.file.whole
@@ -385,7 +385,7 @@ class OnnxNetwork:
         return result
 
 
-def open_onnx(path: str | os.PathLike[str], backend: str = "onnxruntime-cpu", *, strict: bool = False) -> OnnxNetwork:
+def open_onnx(path: str | os.PathLike[str], backend: str = plugins.RUNNER, *, strict: bool = False) -> OnnxNetwork:
     """The network in an ONNX file that PortNet wrote, ready to run; see `OnnxNetwork`.
 
     The file is checked first, and need not be trusted: it runs only if its nodes are those that PortNet writes for the

@@ -65,7 +65,7 @@ def export_onnx(
     exported = frozen.export(len(expected[0]), dynamic=dynamic_batch)
     _check_model(exported.content)
     written = write_atomically(path, exported.content, InputError)
-    runner: Any = plugins.backends().get("onnxruntime-cpu")
+    runner: Any = plugins.backends().get(plugins.RUNNER)
     if not verify or runner is None:
         return Export(path=written, error=None)
     try:

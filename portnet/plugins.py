@@ -24,6 +24,8 @@ from portnet.errors import PluginError, PortNetError, Unavailable, UnknownName
 __all__ = ["DISABLE", "Problem", "Registry", "backends", "choose", "probe", "require"]
 
 GROUP = "portnet"
+RUNNER = "onnxruntime-cpu"
+"""The backend that verifies, quantises and runs ONNX files where none is named."""
 DISABLE = "PORTNET_DISABLE_PLUGINS"
 """Set to anything but 0, this environment variable keeps other distributions' plug-ins from being loaded."""
 

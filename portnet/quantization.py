@@ -13,7 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from portnet import calibration, images, onnx_export
+from portnet import calibration, images, onnx_export, plugins
 from portnet.contract import INT8, Array, Settings
 from portnet.errors import ExportError, InputError
 from portnet.files import write_atomically
@@ -65,7 +65,7 @@ def quantize(
     target: str | os.PathLike[str],
     data: str | Splits = "digits",
     *,
-    backend: str = "onnxruntime-cpu",
+    backend: str = plugins.RUNNER,
     pictures: int = 128,
     reduce_range: bool = False,
     keep: float = KEPT,

@@ -250,7 +250,7 @@ def _gate(graph: Graph, backend: Backend, settings: Settings, *, batch: int, tra
     if settings.precision == INT8:
         # The network that is quantised, layer by layer: its int8 gate is coarse, and sees logits alone.
         wide = replace(settings, precision="float32")
-        with closing(plugins.backends()["onnxruntime-cpu"].open(case.gated, case.weights, wide)) as session:
+        with closing(plugins.backends()[plugins.RUNNER].open(case.gated, case.weights, wide)) as session:
             found = parity.judge(cache.expect(case, "float32", train=False), session, train=False)
             verdicts.append(("as float32:", found))
     expected = cache.expect(case, settings.precision, train=train)
