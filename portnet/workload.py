@@ -16,7 +16,7 @@ import numpy as np
 
 from portnet import alexnet, cache, calibration, images, parity, plugins, stats, trained, training, weights
 from portnet.clock import Inputs
-from portnet.contract import INT8, Array, Backend, Session, Settings, Unavailable, Unsupported
+from portnet.contract import INT8, Array, Backend, Session, Settings, Unsupported
 from portnet.errors import PortNetError
 from portnet.graph import ITEMSIZE, Cost, Graph
 from portnet.parity import Verdict
@@ -32,9 +32,6 @@ ANSWERED = 40
 """Test pictures that are answered at a time; 360 digits are nine times as many."""
 LARGEST_ERROR = 1e300
 """What stands for an error that is not finite: JSON has no infinity."""
-EQUALS = "cpu"
-"""The backend whose runs show how far equals drift, once it has passed the gate."""
-
 BELIEVED = 0.9999
 """The probability with which an equal's loss lies inside the envelope at a step."""
 
@@ -210,12 +207,7 @@ class AlexNet(Workload):
         count = spec.perturbed
         if not count:
             return []
-        backend = plugins.backends()[EQUALS]
-        try:
-            device = plugins.probe(backend)
-        except Unavailable:
-            backend = plugins.backends()["reference"]
-            device = plugins.probe(backend)
+        backend, device = trained.trainer()
         precision = settings.precision if settings.precision in device.precisions else "float32"
         plain = Settings(precision=precision, seed=spec.seed)
         coarser = COARSER.get(settings.precision, 1.0)
