@@ -22,7 +22,6 @@ import ctypes
 import hashlib
 import json
 import os
-import pickle
 import random
 import resource
 import select
@@ -33,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ import onnx
 import onnxruntime  # noqa: F401 (loaded once, before the children are made)
 
 from portnet import alexnet, model, onnx_export, onnx_file, plugins, weights
+from portnet.contract import Device
 from portnet.errors import OnnxFileError, PortNetError
 from portnet.graph import (
     LRN,
@@ -136,19 +136,19 @@ def originals(folder: Path) -> dict[str, bytes]:
     return found | {"int8": in_child(quantised)}
 
 
-def in_child(work: Callable[[], Any]) -> Any:
+def in_child(work: Callable[[], bytes]) -> bytes:
     """What `work` gives, computed in a child: no session of ONNX Runtime's is ever made in this process."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         with os.fdopen(writer, "wb") as pipe:
-            pipe.write(pickle.dumps(work()))
+            pipe.write(work())
             pipe.flush()
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         told = pipe.read()
     os.waitpid(child, 0)
-    return pickle.loads(told)
+    return told
 
 
 # How.
@@ -440,7 +440,7 @@ def prepared(work: Path) -> dict[str, bytes]:
     files = originals(work)
     onnx_file.read(work / "float32")  # whatever is imported late must not be heard later
     backend = plugins.backends()["onnxruntime-cpu"]
-    device = in_child(backend.probe)
+    device = Device(**json.loads(in_child(lambda: json.dumps(asdict(backend.probe())).encode())))
     backend.probe = lambda: device  # type: ignore[method-assign] # it asks the machine, not the file
     return files
 
