@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portnet.errors import Unavailable, Unsupported
-from portnet.graph import Graph
+from portnet.graph import Graph, Recipe
 
 __all__ = [
     "INT8",
@@ -25,17 +25,23 @@ __all__ = [
     "LayerTime",
     "LibraryLayer",
     "Mode",
+    "Parallel",
+    "Place",
     "Session",
     "Settings",
     "Trace",
+    "Traffic",
     "Unavailable",
     "Unsupported",
     "Weights",
+    "normalised",
 ]
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, npt.NDArray[np.float32]]
 Mode = Literal["infer", "train"]
+Parallel = Literal["", "data", "towers"]
+"""How several processes train one network: each a part of every batch, or (two) half of every layer, as in 2012."""
 
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 INT8 = "int8"
@@ -66,7 +72,9 @@ class Settings:
     ``direct`` (as the plain sum of its definition). `seed` keys the dropout masks. `engine`: how the work is issued,
     one of `Backend.engines`. `channels_last`: activations and filters lie in NHWC order on the device. `without`:
     names of `Backend.library_layers` that the session itself must switch off. `strict`: refuse to open where a part
-    would be computed elsewhere than on the device.
+    would be computed elsewhere than on the device. `accumulate`: in how many equal parts a training step takes its
+    batch, one after the other, before its one update: the same step in less memory. `parallel`: how this process
+    shares the network with the others of its group, of which `Session.place` tells.
     """
 
     precision: str = "float32"
@@ -76,6 +84,30 @@ class Settings:
     channels_last: bool = False
     without: tuple[str, ...] = ()
     strict: bool = False
+    accumulate: int = 1
+    parallel: Parallel = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands in the group that trains one network together.
+
+    It is number `rank` of `size`, and takes part number `part` of the `parts` equal ones into which each batch is cut.
+    """
+
+    rank: int = 0
+    size: int = 1
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a collective operation moved: how often it was called, and the bytes of payload that crossed between
+    processes, all directions together, counted once."""
+
+    calls: int
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +163,34 @@ class LibraryLayer:
     missing: str = ""
 
 
+def normalised(pixels: Array, shift: Array, scale: Array) -> npt.NDArray[np.float32]:
+    """Pixels as a network takes them: ``(pixel + shift) / scale``, each operation rounded once to float32.
+
+    `pixels` is uint8 ``(n, S, S, 3)``, `shift` float32 ``(n, 3)``, `scale` float32 ``(3,)``; the result
+    ``(n, 3, S, S)``.
+    """
+    out = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
+    np.add(pixels.transpose(0, 3, 1, 2), shift[:, :, None, None], out=out, dtype=np.float32)
+    out /= scale[:, None, None]
+    return out
+
+
 class Session(ABC):
     """One network on one device. What `put`, `infer` and `train_step` return lives there, perhaps unfinished."""
+
+    place: Place = Place()
+    """This process's place in its group; alone unless `Settings.parallel` says otherwise."""
 
     @abstractmethod
     def put(self, array: Array) -> Any:
         """Copy a host array to the device, dtype and shape unchanged (float32 images, int64 labels and ids)."""
+
+    def put_pixels(self, pixels: Array, shift: Array, scale: Array) -> Any:
+        """`normalised` pixels on the device, bit for bit; it may compute them itself, from a quarter of the bytes.
+
+        The copy may still be under way when this returns; the arrays must not be written to before `synchronize`.
+        """
+        return self.put(normalised(pixels, shift, scale))
 
     @abstractmethod
     def get(self, value: Any) -> Array:
@@ -164,6 +218,31 @@ class Session(ABC):
         on the device; `step` counts updates from 0.
         """
         raise Unsupported(f"{type(self).__name__} does not train")
+
+    def use(self, recipe: Recipe) -> None:
+        """Train by this recipe from the next step on, in place of the graph's: to freeze a layer, for instance."""
+        raise Unsupported(f"{type(self).__name__} does not train")
+
+    def state(self) -> dict[str, Array]:
+        """Copies on the host of all that training carries from step to step, so that `restore` resumes bit for bit.
+
+        Weights stand under the graph's names, velocities under ``velocity.`` and those; a session may add arrays of its
+        own under other names. In their own precision (float64 for float64). Where several processes hold the network,
+        all of them must call this; it is whole in the process of rank 0, and may be empty in the others.
+        """
+        raise Unsupported(f"{type(self).__name__} does not train")
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from `state`, of this or another backend. Unknown names are ignored; velocities may be absent."""
+        raise Unsupported(f"{type(self).__name__} does not train")
+
+    def total(self, values: Array) -> Array:
+        """The sum of float64 `values` over the processes that saw different parts of the data; all must call it."""
+        return values
+
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What went between the processes since this was last asked, by the collective operation's name."""
+        return {}
 
     def masks(self, ids: Any, *, step: int) -> dict[str, npt.NDArray[np.bool_]]:
         """The dropout masks that `train_step` draws, by layer: bool ``(batch, features)`` on the host, True is kept."""
@@ -238,6 +317,10 @@ class Backend(ABC):
     """Where ``auto`` ranks it, highest first; 0 is never chosen unasked."""
     note: str = ""
     """What a user should know before believing it, shown wherever backends are listed."""
+    accumulates: ClassVar[bool] = False
+    """Whether it takes `Settings.accumulate` above 1."""
+    parallel: ClassVar[tuple[Parallel, ...]] = ()
+    """The values of `Settings.parallel` that it takes, besides none."""
     strict: ClassVar[bool] = False
     """Whether it can tell beforehand that a part would be computed elsewhere, and refuse (`Settings.strict`)."""
 
@@ -260,6 +343,13 @@ class Backend(ABC):
         process that does.
         """
         return ()
+
+    def launcher(self, processes: int, restarts: int) -> list[str]:
+        """The command that starts a Python module (``-m name``, to follow) in that many processes of one group here.
+
+        It starts them anew where one is lost, up to `restarts` times. Raises `Unsupported`.
+        """
+        raise Unsupported(f"{self.name} has no collective operations, so that several processes cannot train together")
 
     def telemetry(self) -> Mapping[str, Any]:
         """The device's state now, where its vendor offers it; the keys are those of `portnet.watch`.
@@ -289,6 +379,11 @@ class Backend(ABC):
             raise Unsupported(f"{self.name} has no choice of layout; leave channels-last out")
         if settings.strict and not self.strict:
             raise Unsupported(f"{self.name} cannot tell beforehand what would run elsewhere; leave strict out")
+        if settings.accumulate != 1 and not self.accumulates:
+            raise Unsupported(f"{self.name} takes each batch whole; leave accumulation out")
+        if settings.parallel and settings.parallel not in self.parallel:
+            offered = f"it offers {', '.join(self.parallel)}" if self.parallel else "it has no collective operations"
+            raise Unsupported(f"{self.name} does not train in parallel by {settings.parallel!r}; {offered}")
         known = [layer.name for layer in self.library_layers(settings)]
         if unknown := set(settings.without) - set(known):
             raise Unsupported(
