@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from portnet import philox
 from portnet.contract import INT8, Array, Backend, Ceilings, Device, LayerTime, Mode, Session, Settings, Trace, Weights
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
+from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, Recipe, ReLU
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet.parity import Resolve
@@ -129,7 +129,7 @@ class ReferenceSession(Session):
     """Everything is computed at once, on the host, so `put`, `get` and `synchronize` have nothing to wait for."""
 
     def __init__(self, graph: Graph, weights: Weights, settings: Settings) -> None:
-        self.graph, self.settings = graph, settings
+        self.graph, self.settings, self.recipe = graph, settings, graph.recipe
         self.arithmetic = _ARITHMETICS[settings.precision]
         # Row-major whatever the caller's order: `train_step` updates flat views, and a flattened column-major array is
         # a copy.
@@ -146,6 +146,19 @@ class ReferenceSession(Session):
 
     def weights(self) -> dict[str, Array]:
         return {name: np.array(value) for name, value in self.parameters.items()}
+
+    def state(self) -> dict[str, Array]:
+        velocity = {f"velocity.{name}": np.array(value) for name, value in self.velocity.items()}
+        return {name: np.array(value) for name, value in self.parameters.items()} | velocity
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        for prefix, arrays in (("", self.parameters), ("velocity.", self.velocity)):
+            for name, value in arrays.items():
+                if prefix + name in state:
+                    value[...] = state[prefix + name]
+
+    def use(self, recipe: Recipe) -> None:
+        self.recipe = recipe
 
     def synchronize(self) -> None:
         """NumPy returns when the work is done."""
@@ -189,10 +202,10 @@ class ReferenceSession(Session):
         masks = self.masks(ids, step=step)
         loss, gradients = self._backward(self._forward(images, masks), labels, masks)
         for name, gradient in gradients.items():
-            rate, decay = self.graph.recipe.coefficients(name, learning_rate)
+            rate, decay = self.recipe.coefficients(name, learning_rate)
             flat = (a.reshape(-1) for a in (self.velocity[name], self.parameters[name], gradient))
             for v, w, g in zip(*(_chunks(a) for a in flat), strict=True):
-                v *= self.graph.recipe.momentum
+                v *= self.recipe.momentum
                 v -= decay * rate * w + rate * g
                 w += v
         return np.asarray(loss)

@@ -37,6 +37,7 @@ class TorchBackend(Backend):
     formulations: ClassVar[tuple[str, ...]] = ("portable", "stock", "unfold", "direct")
     engines: ClassVar[tuple[str, ...]] = ("eager", "compile")
     layouts: ClassVar[tuple[bool, ...]] = (False, True)
+    accumulates: ClassVar[bool] = True
     caches: ClassVar[tuple[str, ...]] = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     type: ClassVar[str]
     """The device's type in torch (``cuda``, also for ROCm)."""

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
-from portnet.errors import PortNetError
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
+from portnet.errors import InputError, PortNetError
+from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, Recipe, ReLU
 from portnet_backends import torch_philox
 
 DTYPES = {
@@ -266,6 +266,10 @@ def without(names: Collection[str]) -> Iterator[None]:
             holder.enabled = was
 
 
+VELOCITY, LOSS_SCALE = "velocity.", "loss_scale"
+"""How `Session.state` names the velocities, and the loss's scale in float16."""
+FIRST_SCALE, GROWTH = 1024.0, 2000
+
 # What torch says of itself while compiling: that TF32 would be faster than the float32 asked for, and of its own
 # modules and how they look at tensors.
 CHATTER = (
@@ -362,7 +366,8 @@ class TorchSession(Session):
     Weights are kept in float32 (float64 for float64). In bfloat16 and float16 the portable formulation casts them at
     each use; the stock one leaves that to autocast. The work is defined once: forward pass, loss, masks and update
     are functions of tensors alone, run as they are (``eager``), each through torch's compiler (``compile``), or
-    captured as one device graph for inference and one for a training step (``graph``).
+    captured as one device graph for inference and one for a training step (``graph``). In float16 the loss is scaled
+    for the backward pass, and a step whose gradients overflow is left out.
     """
 
     capture = staticmethod(device_capture)
@@ -388,6 +393,10 @@ class TorchSession(Session):
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = dict(self.module.named_parameters())
         self.velocity: dict[str, Tensor] = {}
+        self.recipe = graph.recipe
+        # The factor on the loss, without which small gradients would vanish, and the steps since it last changed.
+        float16 = self.dtype == torch.float16
+        self.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=self.device) if float16 else None
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
@@ -407,6 +416,44 @@ class TorchSession(Session):
 
     def weights(self) -> dict[str, Array]:
         return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
+
+    def put_pixels(self, pixels: Array, shift: Array, scale: Array) -> Tensor:
+        on_device = self._copied(pixels).permute(0, 3, 1, 2).float()
+        # As two operations, each rounded once: fused, they would round differently from device to device.
+        moved = on_device + self._copied(shift)[:, :, None, None]
+        return (moved / self._copied(scale)[:, None, None]).contiguous(memory_format=self._layout)
+
+    def _copied(self, array: Array) -> Tensor:
+        """On the device, perhaps not yet: from page-locked memory, the copy does not wait for the work before it."""
+        host = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        if self.device.type in ("cuda", "xpu"):
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host.to(self.device)
+
+    def state(self) -> dict[str, Array]:
+        found = {name: p.detach() for name, p in self.parameters.items()}
+        found |= {f"{VELOCITY}{name}": v for name, v in self.velocity.items()}
+        if self.loss_scale is not None:
+            found[LOSS_SCALE] = self.loss_scale
+        return {name: value.cpu().numpy().copy() for name, value in found.items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        if not self.velocity:
+            self._start_training()
+        targets = {**self.parameters, **{f"{VELOCITY}{name}": v for name, v in self.velocity.items()}}
+        if self.loss_scale is not None:
+            targets[LOSS_SCALE] = self.loss_scale
+        with torch.no_grad():
+            for name, target in targets.items():
+                if name in state:
+                    target.copy_(torch.tensor(state[name]))
+        self._cast_from = ()
+
+    def use(self, recipe: Recipe) -> None:
+        if recipe != self.recipe:
+            self.recipe = recipe
+            if self.velocity:
+                self._capture_training()
 
     def synchronize(self) -> None:
         self._wait()
@@ -481,8 +528,13 @@ class TorchSession(Session):
     def _start_training(self) -> None:
         """Make what training alone needs: a session that infers must not pay for it in memory."""
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._capture_training()
+
+    def _capture_training(self) -> None:
+        """Under graph capture, a captured step of its own for each recipe: the coefficients are part of it."""
         if self.settings.engine == "graph":
             state = [*self.parameters.values(), *self.velocity.values()]
+            state += [self.loss_scale] if self.loss_scale is not None else []
             self._train = Captured(self._trained, state, capture=self.capture)
 
     def latest_weights(self) -> Tensor:
@@ -549,12 +601,32 @@ class TorchSession(Session):
     def _update(
         self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: Tensor
     ) -> None:
-        momentum = self.graph.recipe.momentum
+        momentum: float | Tensor = self.recipe.momentum
+        moved: Tensor | None = None
+        if self.loss_scale is not None:
+            gradients, rate, momentum, moved = self._check_overflow(gradients, rate, self.loss_scale)
         for name, gradient in gradients.items():
-            scale, decay = self.graph.recipe.coefficients(name, 1.0)
+            scale, decay = self.recipe.coefficients(name, 1.0)
             v, w = velocity[name], parameters[name]
             v.mul_(momentum).addcmul_(w, rate, value=-decay * scale).addcmul_(gradient, rate, value=-scale)
-            w.add_(v)
+            w.add_(v) if moved is None else w.addcmul_(v, moved)
+
+    def _check_overflow(
+        self, gradients: dict[str, Tensor], rate: Tensor, loss_scale: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """What makes an update of gradients, of which some may have overflowed, none at all then; and the next scale.
+
+        The rule is the usual one (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2): half the
+        scale after an overflow, twice after `GROWTH` steps without. Nothing waits for the device to tell.
+        """
+        finite = torch.stack([torch.isfinite(g).all() for g in gradients.values()]).all()
+        good = torch.where(finite, loss_scale[1] + 1, 0.0)
+        grown = torch.where(good == GROWTH, loss_scale[0] * 2, loss_scale[0])
+        scale = torch.where(finite, grown, loss_scale[0] / 2).clamp(1.0, 2.0**24)
+        loss_scale.copy_(torch.stack([scale, torch.where(good == GROWTH, 0.0, good)]))
+        kept = {name: torch.where(finite, g, 0.0) for name, g in gradients.items()}
+        momentum = torch.where(finite, self.recipe.momentum, 1.0)
+        return kept, torch.where(finite, rate, 0.0), momentum, finite.to(rate.dtype)
 
     # The work as the engine issues it.
 
@@ -570,7 +642,30 @@ class TorchSession(Session):
     def _backward(
         self, images: Tensor, labels: Tensor, masks: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The logits, their mean loss, and its gradients; a part of the batch after the other."""
         self.module.train()
-        logits, loss = self._losses(self.parameters, images, labels, masks)
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
-        return logits.detach(), loss.detach(), dict(zip(self.parameters, gradients, strict=True))
+        parts = self.settings.accumulate
+        if len(images) % parts:
+            raise InputError(f"a batch of {len(images)} cannot be taken in {parts} equal parts")
+        size = len(images) // parts
+        total: list[Tensor] = []
+        told: list[tuple[Tensor, Tensor]] = []
+        for i in range(0, len(images), size):
+            part = slice(i, i + size)
+            kept = {name: mask[part] for name, mask in masks.items()}
+            logits, loss = self._losses(self.parameters, images[part], labels[part], kept)
+            gradients = self._gradients(loss / parts if parts > 1 else loss)
+            total = [a.add_(b) for a, b in zip(total, gradients, strict=True)] if total else gradients
+            told.append((logits.detach(), loss.detach()))
+        found = dict(zip(self.parameters, total, strict=True))
+        if parts == 1:
+            return *told[0], found
+        return torch.cat([logits for logits, _ in told]), torch.stack([loss for _, loss in told]).mean(), found
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """The loss's gradients by every parameter, computed at the loss's scale where it has one."""
+        parameters = list(self.parameters.values())
+        if self.loss_scale is None:
+            return list(torch.autograd.grad(loss, parameters))
+        scale = self.loss_scale[0].clone()
+        return [g / scale for g in torch.autograd.grad(loss * scale, parameters)]

@@ -1,7 +1,8 @@
 """AlexNet, top to bottom.
 
 Sources: [P] Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
-NIPS 2012; [2] cuda-convnet2; [K] BVLC Caffe, models/bvlc_alexnet; [V] torchvision, models/alexnet.py.
+NIPS 2012; [C] the 2012 source released by the Computer History Museum; [2] cuda-convnet2; [K] BVLC Caffe,
+models/bvlc_alexnet; [V] torchvision, models/alexnet.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from portnet.graph import (
     Layer,
     Linear,
     MaxPool,
+    Milestones,
     Normal,
     Normalisation,
     Pad,
+    Plateau,
     Recipe,
     ReLU,
     Shape,
@@ -73,7 +76,7 @@ def paper2012(*, image_size: int = 224, classes: int = 1000, dropout: float = 0.
             Dropout(name="drop7", p=dropout),
             Linear(name="fc8", in_features=4096, out_features=classes, bias_init=zero),
         ],
-        Recipe(learning_rate=0.01, momentum=0.9, weight_decay=5e-4),
+        Recipe(learning_rate=0.01, momentum=0.9, weight_decay=5e-4, batch=128, epochs=90, schedule=Plateau()),
         Normalisation(mean=IMAGENET_MEAN),
     )
 
@@ -111,7 +114,16 @@ def caffe(*, image_size: int = 227, classes: int = 1000, dropout: float = 0.5, b
             Dropout(name="drop7", p=dropout, inverted=True),
             Linear(name="fc8", in_features=4096, out_features=classes),
         ],
-        Recipe(learning_rate=0.01, momentum=0.9, weight_decay=5e-4, bias_rate=2.0),
+        # solver.prototxt [K]: a tenth every 100,000 of 450,000 steps of 256, which is 90 epochs of ImageNet.
+        Recipe(
+            learning_rate=0.01,
+            momentum=0.9,
+            weight_decay=5e-4,
+            bias_rate=2.0,
+            batch=256,
+            epochs=90,
+            schedule=Milestones(at=(100_000, 200_000, 300_000, 400_000), unit="step"),
+        ),
         Normalisation(mean=IMAGENET_MEAN),
     )
 
@@ -165,11 +177,25 @@ def torchvision(*, image_size: int = 224, classes: int = 1000, dropout: float = 
             ReLU(name="relu7"),
             linear("fc8", 4096, classes),
         ],
-        # torchvision's references/classification: decay 1e-4 on every parameter, biases included.
-        Recipe(learning_rate=0.01, momentum=0.9, weight_decay=1e-4, bias_decay=1.0),
+        # torchvision's references/classification: decay 1e-4 on every parameter, biases included; a tenth of the rate
+        # every 30 of 90 epochs; 32 pictures on each of 8 devices.
+        Recipe(
+            learning_rate=0.01,
+            momentum=0.9,
+            weight_decay=1e-4,
+            bias_decay=1.0,
+            batch=256,
+            epochs=90,
+            schedule=Milestones(at=(31, 61)),
+        ),
         Normalisation(mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), scale=(0.229 * 255, 0.224 * 255, 0.225 * 255)),
     )
 
+
+# As logged in the 2012 code's run [C]: 0.001 at epoch 25, 1e-4 at 51, "smaller" from 67, for which a tenth stands here.
+LOGGED = Milestones(at=(25, 51, 67))
+SCHEDULES: dict[str, Plateau | Milestones | None] = {"plateau": Plateau(), "logged": LOGGED, "constant": None}
+"""Schedules of the learning rate to put in place of a preset's own."""
 
 PRESETS: dict[str, Callable[..., Graph]] = {f.__name__: f for f in (paper2012, caffe, torchvision)}
 

@@ -2,10 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ import click
 from click.core import ParameterSource
 
 import portnet
-from portnet import cli_report, host, plugins
+from portnet import cli_report, cli_train, plugins
+from portnet.console import open_console, plain, show_progress
 from portnet.contract import INT8, PRECISIONS
 from portnet.errors import (
     InputError,
@@ -28,8 +28,6 @@ from portnet.errors import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from portnet.model import OnnxNetwork
     from portnet.plan import Plan
     from portnet.record import Record, Spec
@@ -55,25 +53,6 @@ class _Group(click.Group):
 @click.version_option(portnet.__version__, prog_name="portnet")
 def main() -> None:
     """What would leaving CUDA cost? One network, measured identically on every vendor's hardware."""
-
-
-def _network_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option("--image-size", type=int, help="Pixels a side; the preset's own by default."),
-        click.option("--preset", help="paper2012, caffe or torchvision."),
-        click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True),
-        click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True),
-        click.option(
-            "--formulation",
-            type=click.Choice(["portable", "stock"]),
-            default="portable",
-            show_default=True,
-            help="PortNet's own, or PyTorch's operators as people write them.",
-        ),
-        click.option("--backend", default="auto", show_default=True, help="A name that 'portnet backends' lists."),
-    ):
-        command = option(command)
-    return command
 
 
 @main.command()
@@ -103,18 +82,18 @@ def backends(as_json: bool) -> None:
         if e["available"]:
             device = f"{e['device']['name']} ({e['note']})" if e["note"] else e["device"]["name"]
             row = (e["name"], e["vendor"], ", ".join(e["modes"]), device, ", ".join(e["device"]["precisions"]))
-            table.add_row(*map(_plain, row))
-    console = _console()
+            table.add_row(*map(plain, row))
+    console = open_console()
     console.print(table)
     console.print("Not available:" if not all(e["available"] for e in found) else "")
     for e in found:
         if not e["available"]:
             note = f" ({e['note']})" if e["note"] else ""
-            who = f"  [bold]{e['name']}[/], {_plain(e['vendor'] + note)}"
-            text = f"{who}: {_plain(e['reason'])}\n      {_plain(e['remedy'])}"
+            who = f"  [bold]{e['name']}[/], {plain(e['vendor'] + note)}"
+            text = f"{who}: {plain(e['reason'])}\n      {plain(e['remedy'])}"
             console.print(text, soft_wrap=True, highlight=False)
     for p in registry.problems:
-        console.print(f"[red]Broken plug-in[/] {_plain(str(p))}", soft_wrap=True, highlight=False)
+        console.print(f"[red]Broken plug-in[/] {plain(str(p))}", soft_wrap=True, highlight=False)
 
 
 @main.command()
@@ -162,7 +141,7 @@ def _carry_out(
     total = rounds * sum(map(len, plan.groups))
     made: list[Record] = []
     began = monotonic()
-    with _progress(total=total) as (progress, advance):
+    with show_progress(total=total) as (progress, advance):
 
         def say(spec: "Spec", line: str) -> None:
             left = (monotonic() - began) / len(made) * (total - len(made)) if made else None
@@ -205,11 +184,11 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps([json.loads(r.to_json()) for r in made], indent=1))
     else:
-        console = _console()
+        console = open_console()
         for renderable in table.measured(made):
             console.print(renderable)
         for name, reason in plan.left_out:
-            console.print(f"{_plain(name)}: left out. {_plain(str(reason))}", soft_wrap=True, highlight=False)
+            console.print(f"{plain(name)}: left out. {plain(str(reason))}", soft_wrap=True, highlight=False)
         console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
     if any(f.outcome not in lockin.COUNTED and f.reason != NO_TIME for f in lockin.figures(made)):
         sys.exit(1)
@@ -275,7 +254,7 @@ def ablate(stack: str, mode: str, batch: int, layers: str | None, as_json: bool,
     plan = planning.ladder(stack, mode=mode, batch=batch, layers=chosen, **options)
     made = _carry_out(plan, quick=options["quick"], **ours)
     if not as_json:
-        _console().print(table.ablation(made, plan.groups[0][0], plugins.backends()[plan.groups[0][0].backend]))
+        open_console().print(table.ablation(made, plan.groups[0][0], plugins.backends()[plan.groups[0][0].backend]))
     _told(made, plan, ours["out"], as_json=as_json)
 
 
@@ -335,7 +314,7 @@ def compare(
     if as_json:
         click.echo(json.dumps([json.loads(r.to_json()) for r in made], indent=1))
     else:
-        console = _console()
+        console = open_console()
         for renderable in table.everything(lockin.rows(merged)):
             console.print(renderable)
         console.print(f"Records and page: {written.parent} ({written.name})", soft_wrap=True)
@@ -360,7 +339,7 @@ def check(name: str, image_size: int | None, precisions: tuple[str, ...], as_jso
     """Run the conformance suite on a backend. Exit status 1 if it fails a check or is not available."""
     from portnet import conformance
 
-    console = _console()
+    console = open_console()
     results, failed = [], 0
     for item in conformance.checks(name, precisions=precisions, image_size=image_size):
         try:
@@ -371,83 +350,13 @@ def check(name: str, image_size: int | None, precisions: tuple[str, ...], as_jso
         results.append({"check": item.name, "passed": passed, "seen": seen})
         if not as_json:
             mark = "[green]pass[/]" if passed else "[red]FAIL[/]"
-            console.print(f"{mark} {_plain(item.name)}: [dim]{_plain(seen)}[/]", soft_wrap=True, highlight=False)
+            console.print(f"{mark} {plain(item.name)}: [dim]{plain(seen)}[/]", soft_wrap=True, highlight=False)
     if as_json:
         click.echo(json.dumps({"backend": name, "failed": failed, "checks": results}, indent=1))
     else:
         console.print(f"{name}: {len(results) - failed} passed, {failed} failed", highlight=False)
     if failed:
         sys.exit(1)
-
-
-@main.command()
-@_network_options
-@click.option("--data", default="digits", show_default=True, help="digits, synthetic, or a folder of class/name.jpg.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps; 210 for digits and synthetic by default.")
-@click.option("--epochs", type=click.IntRange(1), help="Instead of --steps; 90 for a folder by default.")
-@click.option("--batch", type=click.IntRange(1), help="Images a step; 64 for digits, otherwise 128, by default.")
-@click.option("--learning-rate", type=float, help="The preset's own by default.")
-@click.option("--skip-unreadable", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
-@click.option("--save", "path", type=FILE, help="Write the trained weights to this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print losses and accuracy as one JSON object.")
-def train(
-    data: str,
-    backend: str,
-    preset: str | None,
-    image_size: int | None,
-    precision: str,
-    formulation: str,
-    seed: int,
-    steps: int | None,
-    epochs: int | None,
-    batch: int | None,
-    learning_rate: float | None,
-    skip_unreadable: bool,
-    path: Path | None,
-    as_json: bool,
-) -> None:
-    """Train on a data set and report the accuracy on its test split."""
-    from portnet.training import Diverged
-
-    host.keep_freed_memory()
-    if steps and epochs:
-        raise click.UsageError("give --steps or --epochs, not both")
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        # Now, not when the training is done and would be lost.
-        raise click.UsageError(f"--save {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
-    built_in = data in ("digits", "synthetic")
-    if not (steps or epochs):
-        steps, epochs = (210, None) if built_in else (None, 90)
-    splits = portnet.load_data(data, skip_unreadable=skip_unreadable)
-    for name in splits.skipped:
-        click.echo(f"portnet: left out, unreadable: {name}", err=True)
-    # With paper2012's bias of 1 the loss on ten digits stays flat for hundreds of steps; caffe's 0.1 lets it move.
-    preset = preset or ("caffe" if built_in else "paper2012")
-    batch = batch or min(64 if built_in else 128, len(splits.train))
-    net = portnet.AlexNet(
-        backend, preset, classes=len(splits.train.class_names), precision=precision, formulation=formulation,
-        seed=seed, mean=splits.train.mean, **_given(image_size=image_size),
-    )  # fmt: skip
-    if not as_json:
-        click.echo(f"{net!r}")
-    total = steps or len(splits.train) // batch * (epochs or 0)
-    with _progress(total=total, quiet=as_json) as (_, advance):
-        losses = net.fit(
-            splits, steps=steps, epochs=epochs, batch=batch, learning_rate=learning_rate,
-            on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
-        )  # fmt: skip
-    result = net.evaluate(splits)
-    if not isfinite(result.loss):
-        raise Diverged(f"the loss on the test split is {result.loss} after training; try a lower learning rate")
-    if path:
-        net.save(path)
-    if as_json:
-        click.echo(json.dumps({"losses": losses, "test": asdict(result), "weights": str(path) if path else None}))
-        return
-    click.echo(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps of {batch}")
-    click.echo(f"test: top-1 {result.top1:.1%}, top-5 {result.top5:.1%} of {result.count} pictures")
-    if path:
-        click.echo(f"weights: {path}")
 
 
 @main.command()
@@ -589,57 +498,6 @@ def _given(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v is not None}
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _console(*, stderr: bool = False) -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-@contextmanager
-def _progress(total: int, *, quiet: bool = False) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
-    """Progress on standard error: a bar on a terminal, otherwise a plain line when the work advances noticeably.
-
-    Gives a function that says what is going on, and one that also counts a unit of work as done.
-    """
-    console = _console(stderr=True)
-    if quiet or not console.is_terminal:
-        done, said = 0, -inf
-
-        def say(text: str) -> None:
-            nonlocal said
-            # Minutes can pass before a unit is done; a log that is silent looks hung.
-            if not quiet and monotonic() - said >= 30:
-                said = monotonic()
-                click.echo(f"[{done}/{total}] {text}", err=True)
-
-        def advance(text: str) -> None:
-            nonlocal done
-            done += 1
-            # A tenth at a time: a log of a long run stays short.
-            if not quiet and (done % max(1, total // 10) == 0 or done == total):
-                click.echo(f"[{done}/{total}] {text}", err=True)
-
-        yield say, advance
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(
-        BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-        console=console, transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("starting", total=total)
-        yield (
-            lambda text: bar.update(task, description=_plain(text)),
-            lambda text: bar.update(task, description=_plain(text), advance=1),
-        )
-
-
 @main.command("records")
 @click.argument(
     "folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path, exists=True, file_okay=False)
@@ -731,7 +589,7 @@ def _print_records(told: dict[str, Any]) -> None:
             (r["blocks"] or "none", "void" if r["blocks"] and r["step"] is None else step),
         )
         table.add_row(*(Text("\n").join(map(shown, cell)) for cell in cells))
-    console = _console()
+    console = open_console()
     if told["records"]:
         console.print(table)
 
@@ -753,6 +611,7 @@ def _print_records(told: dict[str, Any]) -> None:
 
 
 cli_report.register(main)
+cli_train.register(main)
 
 if __name__ == "__main__":
     main()

@@ -30,6 +30,10 @@ class WeightsError(PortNetError):
     """A weights file is missing, damaged, or belongs to another network."""
 
 
+class CheckpointError(PortNetError):
+    """A checkpoint is damaged, cannot be written, or belongs to another run."""
+
+
 class ExportError(PortNetError):
     """An exported file does not compute what the session that it came from does."""
 

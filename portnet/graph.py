@@ -5,9 +5,10 @@ Shapes are of one image, without the batch: ``(channels, height, width)``, or ``
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 from portnet.errors import InputError
 
@@ -269,11 +270,39 @@ class Dropout(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The update rule: ``v = momentum v - weight_decay lr w - lr g; w = w + v``.
+class Plateau:
+    """The learning rate times `factor` each time that validation has not improved for `patience` epochs.
 
-    The learning rate is inside the velocity (torch's SGD keeps it outside). `bias_rate` multiplies the learning rate
-    of biases and `bias_decay` their weight decay.
+    At most `times` times. The paper says no more than when "the validation error rate stopped improving" at the
+    current rate, and that it happened three times; the patience is ours.
+    """
+
+    factor: float = 0.1
+    times: int = 3
+    patience: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milestones:
+    """The learning rate times `factor` at each place of `at`, counted in `unit`.
+
+    An ``epoch`` is the number, from 1, of the first that is trained at the new rate; a ``step`` how many updates come
+    before it.
+    """
+
+    at: tuple[int, ...]
+    factor: float = 0.1
+    unit: Literal["epoch", "step"] = "epoch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained: the update rule, the schedule, the size of a batch, how many epochs.
+
+    The update is ``v = momentum v - weight_decay lr w - lr g; w = w + v``: the learning rate is inside the velocity
+    (torch's SGD keeps it outside). `bias_rate` multiplies the learning rate of biases and `bias_decay` their weight
+    decay. The rate of the layers in `frozen` is 0, and from epoch `freeze_from` (counted from 1) on that of the layers
+    in `freeze`. Without a `schedule` the rate stays as it is.
     """
 
     learning_rate: float = 0.01
@@ -281,12 +310,27 @@ class Recipe:
     weight_decay: float = 5e-4
     bias_rate: float = 1.0
     bias_decay: float = 0.0
+    batch: int = 128
+    epochs: int = 90
+    schedule: Plateau | Milestones | None = None
+    frozen: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    freeze_from: int | None = None
 
     def coefficients(self, parameter: str, learning_rate: float) -> tuple[float, float]:
         """The learning rate and the weight decay of the parameter of that name (``conv1.bias``)."""
-        if parameter.endswith(".bias"):
+        layer, _, kind = parameter.rpartition(".")
+        if layer in self.frozen:
+            learning_rate = 0.0
+        if kind == "bias":
             return learning_rate * self.bias_rate, self.weight_decay * self.bias_decay
         return learning_rate, self.weight_decay
+
+    def in_epoch(self, epoch: int) -> "Recipe":
+        """The recipe as it stands in an epoch, counted from 0: with what is frozen there in `frozen`."""
+        if self.freeze_from is None or epoch + 1 < self.freeze_from:
+            return self
+        return replace(self, frozen=tuple(dict.fromkeys((*self.frozen, *self.freeze))))
 
 
 @dataclass(frozen=True, kw_only=True)

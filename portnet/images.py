@@ -13,14 +13,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from portnet import philox
+from portnet.contract import Place, normalised
 from portnet.errors import InputError, PictureError, UnknownName
 from portnet.graph import Graph
 from portnet.philox import Stream
@@ -44,6 +46,51 @@ _LAYOUT = "a folder of pictures stored as class/name.jpg"
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 _WORKERS = min(8, os.cpu_count() or 1)
+ALONE = Place()
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Reads some of what `read` reads: picture i is its picture ``places[i]``."""
+
+    read: Callable[[int], U8]
+    places: I64
+
+    def __call__(self, i: int) -> U8:
+        return self.read(int(self.places[i]))
+
+    def source(self, i: int) -> Callable[[], U8] | None:
+        return source(self.read, int(self.places[i]))
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Reads pictures that are files of their own."""
+
+    paths: Sequence[str]
+
+    def __call__(self, i: int) -> U8:
+        return read_picture(self.paths[i])
+
+    def source(self, i: int) -> Callable[[], U8]:
+        return partial(read_picture, self.paths[i])
+
+
+def source(read: Callable[[int], U8], i: int) -> Callable[[], U8] | None:
+    """What reads picture `i` alone and is small enough to be sent about with it, where `read` has such."""
+    found: Callable[[int], Callable[[], U8] | None] | None = getattr(read, "source", None)
+    return found(i) if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Reads pictures that are in memory."""
+
+    pictures: U8
+
+    def __call__(self, i: int) -> U8:
+        picture: U8 = self.pictures[i]
+        return picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,10 +130,7 @@ class DataSet:
     def some(self, count: int) -> "DataSet":
         """That many of its pictures, evenly spaced: folders come class by class. All where there are fewer."""
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
-        read = self.read
-        return replace(
-            self, labels=self.labels[places], ids=self.ids[places], read=lambda place: read(int(places[place]))
-        )
+        return replace(self, labels=self.labels[places], ids=self.ids[places], read=Chosen(self.read, places))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,6 +152,27 @@ class Batch:
     images: F32
     labels: I64
     ids: I64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelBatch:
+    """A batch as pictures come: cut, scaled and mirrored, but in a quarter of the bytes of what a network takes.
+
+    `pixels` is uint8 ``(n, S, S, 3)``, `shift` float32 ``(n, 3)`` what to add to each picture's colours (its noise less
+    the mean), `scale` float32 ``(3,)`` what to divide by; `labels` and `ids` are int64 ``(n,)``. With `views` pictures
+    of each image, `pixels` and `shift` are that many times as long.
+    """
+
+    pixels: U8
+    shift: F32
+    scale: F32
+    labels: I64
+    ids: I64
+
+    @property
+    def images(self) -> F32:
+        """The network's input: float32 ``(n, 3, S, S)``; see `portnet.contract.normalised`."""
+        return normalised(self.pixels, self.shift, self.scale)
 
 
 def load(data: str | os.PathLike[str], *, skip_unreadable: bool = False) -> Splits:
@@ -177,10 +242,8 @@ def preprocess(pictures: U8 | Sequence[U8], graph: Graph, *, whole: bool = False
     """
     size = input_size(graph)
     checked = _each(pictures)
-    out = np.empty((len(checked), 3, size, size), np.float32)
-    for picture, slot in zip(checked, out, strict=True):
-        _normalise(_view(picture, size, whole=whole), graph, slot)
-    return out
+    pixels = np.stack([_view(picture, size, whole=whole) for picture in checked])
+    return normalised(pixels, *_shift_and_scale(graph, len(pixels)))
 
 
 def ten_views(pictures: U8 | Sequence[U8], graph: Graph) -> F32:
@@ -192,100 +255,200 @@ def ten_views(pictures: U8 | Sequence[U8], graph: Graph) -> F32:
     """
     size = input_size(graph)
     square = square_size(size)
-    far, middle = square - size, (square - size) // 2
-    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
     checked = _each(pictures)
-    out = np.empty((len(checked), 10, 3, size, size), np.float32)
-    for picture, slots in zip(checked, out, strict=True):
-        cut = _square(picture, square)
-        for view, (top, left) in enumerate(corners):
-            crop = cut[top : top + size, left : left + size]
-            _normalise(crop, graph, slots[view])
-            _normalise(crop[:, ::-1], graph, slots[view + 5])
-    return out
+    pixels = np.empty((len(checked), 10, size, size, 3), np.uint8)
+    for picture, slots in zip(checked, pixels, strict=True):
+        _ten(_square(picture, square), slots)
+    flat = pixels.reshape(-1, size, size, 3)
+    return normalised(flat, *_shift_and_scale(graph, len(flat))).reshape(-1, 10, 3, size, size)
 
 
-def training_batches(
-    data: DataSet, graph: Graph, *, seed: int, epoch: int, batch: int, steps: int | None = None
-) -> Iterator[Batch]:
-    """One epoch of augmented batches of `batch` pictures, at most `steps` of them.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """A batch that is yet to be read: which pictures, and what to make of each. It is small, and can be sent about.
 
-    The order is ``philox.order(seed, epoch, len(data))``; what remains after the last full batch is left out of this
-    epoch. Each picture is cut and scaled to a square as in `preprocess`, of which a random SxS is taken (33x33
-    positions at 224); with probability 0.5 it is mirrored; and each pixel has
-    ``sum_k alpha_k deviation_k direction_k`` added to its RGB values, with alpha_k from N(0, 0.1^2), one for each
-    picture and principal component k of ImageNet's colours. That is what [2] does; the paper's text multiplies alpha
-    by the eigenvalue, the square of the deviation. The data set's `whole`, `flip` and `colour` say which of these
-    apply.
+    `places` are places in the data set. `size` is S; with `whole` a picture is scaled to it as it is. Otherwise the
+    ten views are cut out of its square of ``square_size(S)`` pixels where `views` is 10, or what begins at `corners`,
+    int64 ``(n, 2)``, top and left; and what is in `mirrored`, bool ``(n,)``, is mirrored. The rest is `PixelBatch`'s.
+    """
+
+    places: I64
+    corners: I64
+    mirrored: npt.NDArray[np.bool_]
+    size: int
+    whole: bool
+    views: int
+    shift: F32
+    scale: F32
+    labels: I64
+    ids: I64
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its pixels: ``(n, views, S, S, 3)``."""
+        return len(self.places), self.views, self.size, self.size, 3
+
+    def empty(self) -> U8:
+        """Room for its pixels."""
+        return np.empty(self.shape, np.uint8)
+
+    def part(self, which: range) -> "Order":
+        """Some of its pictures, one after the other."""
+        some = slice(which.start, which.stop)
+        names = ("places", "corners", "mirrored", "labels", "ids")
+        return replace(self, **{name: getattr(self, name)[some] for name in names})
+
+    def fill(self, i: int, picture: U8, slot: U8) -> None:
+        """Cut picture number `i` of the batch into `slot`, uint8 ``(views, S, S, 3)``."""
+        if self.whole:
+            pixels = _scale(picture, self.size)
+        else:
+            square = _square(picture, square_size(self.size))
+            if self.views == 10:
+                _ten(square, slot)
+                return
+            top, left = self.corners[i]
+            pixels = square[top : top + self.size, left : left + self.size]
+        slot[0] = pixels[:, ::-1] if self.mirrored[i] else pixels
+
+    def batch(self, pixels: U8) -> PixelBatch:
+        """The batch, once its pixels are there."""
+        flat = pixels.reshape(-1, self.size, self.size, 3)
+        return PixelBatch(pixels=flat, shift=self.shift, scale=self.scale, labels=self.labels, ids=self.ids)
+
+
+def training_batches(data: DataSet, graph: Graph, **how: Any) -> Iterator[PixelBatch]:
+    """One epoch of augmented batches, read in this process; see `training_orders` for the arguments and errors.
+
+    Raises `PictureError` from the reading.
+    """
+    return read_batches(data, training_orders(data, graph, **how))
+
+
+def training_orders(
+    data: DataSet,
+    graph: Graph,
+    *,
+    seed: int,
+    epoch: int,
+    batch: int,
+    steps: int | None = None,
+    first: int = 0,
+    place: Place = ALONE,
+) -> Iterator[Order]:
+    """The augmented batches of one epoch, of `batch` pictures each: at most `steps` of them, after the `first`.
+
+    Of each batch only the part that is this process's by `place` is ordered. The order is
+    ``philox.order(seed, epoch, len(data))``; what remains after the last full batch is left out of this epoch. Each
+    picture is cut and scaled to a square as in `preprocess`, of which a random SxS is taken (33x33 positions at 224);
+    with probability 0.5 it is mirrored; and each pixel has ``sum_k alpha_k deviation_k direction_k`` added to its RGB
+    values, with alpha_k from N(0, 0.1^2), one for each picture and principal component k of ImageNet's colours. That is
+    what [2] does; the paper's text multiplies alpha by the eigenvalue, the square of the deviation. The data set's
+    `whole`, `flip` and `colour` say which of these apply.
 
     A picture's pixels depend on nothing but (seed, epoch, id). Raises `InputError` for arguments out of range, more
-    classes than the graph has outputs, or fewer pictures than one batch takes; `PictureError` from the reading.
+    classes than the graph has outputs, fewer pictures than one batch takes, or a batch that has no such equal parts.
     """
     _check_batches(data, graph, batch)
     _check_integer("seed", seed, 0, 2**64 - 1)
     _check_integer("epoch", epoch, 0, 2**32 - 1)
+    _check_integer("first", first, 0)
     if steps is not None:
         _check_integer("steps", steps, 1)
     if batch > len(data):
         raise InputError(f"a batch of {batch} cannot be drawn from the {len(data)} pictures of {data.name}")
+    if batch % place.parts:
+        raise InputError(f"a batch of {batch} cannot be cut into {place.parts} equal parts; give a multiple of them")
+    size, part = input_size(graph), batch // place.parts
+    positions = square_size(size) - size + 1
+    mean, scale = graph.normalisation.mean, np.array(graph.normalisation.scale, np.float32)
     available = len(data) // batch
-    places = philox.order(seed, epoch, len(data))[: batch * min(available, steps or available)]
-    size = input_size(graph)
-    square = square_size(size)
+    last = available if steps is None else min(available, first + steps)
 
-    def draw(ids: I64) -> Sequence[Iterable[object]]:
-        corners = _crop_corners(ids, seed, epoch, square - size + 1)
-        mirrored = philox.bits(seed, Stream.FLIP, ids, epoch, 1)[:, 0] & data.flip
-        return corners, mirrored, _colour_noise(ids, seed, epoch) * data.colour
+    def orders() -> Iterator[Order]:
+        shuffled = philox.order(seed, epoch, len(data))
+        for number in range(first, last):
+            start = number * batch + place.part * part
+            places = shuffled[start : start + part]
+            ids = data.ids[places]
+            noise = _colour_noise(ids, seed, epoch) * data.colour
+            yield Order(
+                places=places,
+                corners=_crop_corners(ids, seed, epoch, positions),
+                mirrored=philox.bits(seed, Stream.FLIP, ids, epoch, 1)[:, 0] & data.flip,
+                size=size,
+                whole=data.whole,
+                views=1,
+                shift=(noise - mean).astype(np.float32),
+                scale=scale,
+                labels=data.labels[places],
+                ids=ids,
+            )
 
-    def fill(slot: F32, picture: U8, corner: I64, mirrored: np.bool_, noise: F64) -> None:
-        if data.whole:
-            pixels = _scale(picture, size)
-        else:
-            top, left = corner
-            pixels = _square(picture, square)[top : top + size, left : left + size]
-        _normalise(pixels[:, ::-1] if mirrored else pixels, graph, slot, noise)
-
-    return _batches(data, places.reshape(-1, batch), size, draw, fill)
+    return orders()
 
 
-def evaluation_batches(data: DataSet, graph: Graph, *, batch: int) -> Iterator[Batch]:
+def evaluation_batches(data: DataSet, graph: Graph, **how: Any) -> Iterator[PixelBatch]:
+    """Every picture once, read in this process; see `evaluation_orders` for the arguments and errors.
+
+    Raises `PictureError` from the reading.
+    """
+    return read_batches(data, evaluation_orders(data, graph, **how))
+
+
+def evaluation_orders(
+    data: DataSet, graph: Graph, *, batch: int, views: int = 1, place: Place = ALONE
+) -> Iterator[Order]:
     """Every picture once, in order, as `preprocess` makes it; the last batch holds what remains, perhaps fewer.
 
-    Raises `InputError` for a batch below 1 or more classes than the graph has outputs, and `PictureError` from the
-    reading.
+    With `views` of 10 each picture is there as `ten_views` makes it, one view after the other. Where several processes
+    take part by `place`, whole batches go to each by turns. Raises `InputError` for a batch below 1, more classes than
+    the graph has outputs, or ten views of pictures that are scaled whole.
     """
     _check_batches(data, graph, batch)
+    if views not in (1, 10):
+        raise InputError(f"views must be 1 (centre) or 10 (corners, centre and their mirrors), got {views}")
+    if views == 10 and data.whole:
+        raise InputError("ten views need pictures that suit cropping, not a set scaled whole")
     size = input_size(graph)
+    corner = (square_size(size) - size) // 2
 
-    def fill(slot: F32, picture: U8) -> None:
-        _normalise(_view(picture, size, whole=data.whole), graph, slot)
+    def orders() -> Iterator[Order]:
+        for i in range(batch * place.part, len(data), batch * place.parts):
+            places = np.arange(i, min(i + batch, len(data)), dtype=np.int64)
+            shift, scale = _shift_and_scale(graph, len(places) * views)
+            yield Order(
+                places=places,
+                corners=np.full((len(places), 2), corner),
+                mirrored=np.zeros(len(places), bool),
+                size=size,
+                whole=data.whole,
+                views=views,
+                shift=shift,
+                scale=scale,
+                labels=data.labels[places],
+                ids=data.ids[places],
+            )
 
-    places = (np.arange(i, min(i + batch, len(data)), dtype=np.int64) for i in range(0, len(data), batch))
-    return _batches(data, places, size, lambda ids: (), fill)
+    return orders()
 
 
-def _batches(
-    data: DataSet,
-    chunks: Iterable[I64],
-    size: int,
-    draw: Callable[[I64], Sequence[Iterable[object]]],
-    fill: Callable[..., None],
-) -> Iterator[Batch]:
-    """A batch for each array of places. `fill` takes a slot of it, the picture, and what `draw` drew for its id."""
-
-    def one(slot: F32, place: np.int64, *drawn: object) -> None:
-        fill(slot, _checked(data.read(int(place)), f"what {data.name} reads at {place}"), *drawn)
-
+def read_batches(data: DataSet, orders: Iterable[Order]) -> Iterator[PixelBatch]:
+    """A batch for each order, one after the other, read in this process."""
     # Threads, since decoding and scaling release the interpreter's lock. They work only between two batches, and so
     # take nothing from a step that is being timed.
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for places in chunks:
-            ids = data.ids[places]
-            images = np.empty((len(places), 3, size, size), np.float32)
-            for _ in pool.map(one, images, places, *draw(ids)):
+        for order in orders:
+            pixels = order.empty()
+            for _ in pool.map(partial(read_into, data, order), range(len(pixels)), pixels):
                 pass
-            yield Batch(images=images, labels=data.labels[places], ids=ids)
+            yield order.batch(pixels)
+
+
+def read_into(data: DataSet, order: Order, i: int, slot: U8) -> None:
+    """Read picture number `i` of an order into `slot`."""
+    place = int(order.places[i])
+    order.fill(i, check_picture(data.read(place), f"what {data.name} reads at {place}"), slot)
 
 
 def _crop_corners(ids: I64, seed: int, epoch: int, positions: int) -> I64:
@@ -337,11 +500,19 @@ def _scale(picture: U8, size: int, box: tuple[float, float, float, float] | None
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
-def _normalise(pixels: U8, graph: Graph, out: F32, noise: npt.ArrayLike = 0.0) -> None:
-    """``(pixels + noise - mean) / scale`` from ``(S, S, 3)`` into `out`, ``(3, S, S)``."""
-    shift = (np.asarray(noise) - graph.normalisation.mean).astype(np.float32)
-    np.add(pixels.transpose(2, 0, 1), shift[:, None, None], out=out, dtype=np.float32)
-    out /= np.array(graph.normalisation.scale, np.float32)[:, None, None]
+def _ten(square: U8, slots: U8) -> None:
+    """The ten views of a square into ``(10, S, S, 3)``; see `ten_views`."""
+    size = slots.shape[1]
+    far, middle = len(square) - size, (len(square) - size) // 2
+    for view, (top, left) in enumerate([(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]):
+        slots[view] = square[top : top + size, left : left + size]
+        slots[view + 5] = slots[view, :, ::-1]
+
+
+def _shift_and_scale(graph: Graph, count: int) -> tuple[F32, F32]:
+    """What to add to each of `count` pictures' colours outside training, and what to divide them by."""
+    shift = np.tile(-np.array(graph.normalisation.mean, np.float32), (count, 1))
+    return shift, np.array(graph.normalisation.scale, np.float32)
 
 
 def input_size(graph: Graph) -> int:
@@ -357,13 +528,14 @@ def _each(pictures: U8 | Sequence[U8]) -> list[U8]:
             "pictures must be one array of shape (n, height, width, 3) or a sequence of arrays of shape "
             f"(height, width, 3), got one array of shape {pictures.shape}"
         )
-    listed = [_checked(picture, f"picture {i}") for i, picture in enumerate(pictures)]
+    listed = [check_picture(picture, f"picture {i}") for i, picture in enumerate(pictures)]
     if not listed:
         raise InputError("there are no pictures; expected at least one")
     return listed
 
 
-def _checked(picture: object, name: str) -> U8:
+def check_picture(picture: object, name: str) -> U8:
+    """A picture, which is called `name`, or `InputError` where it is none."""
     if not isinstance(picture, np.ndarray):
         found = type(picture).__name__
     elif picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
@@ -410,7 +582,7 @@ def _rgb(image: "Image.Image") -> U8:
 
 def _parts(data: DataSet, for_test: npt.NDArray[np.bool_], skipped: tuple[str, ...] = ()) -> Splits:
     def part(places: I64) -> DataSet:
-        return replace(data, labels=data.labels[places], ids=data.ids[places], read=lambda i: data.read(int(places[i])))
+        return replace(data, labels=data.labels[places], ids=data.ids[places], read=Chosen(data.read, places))
 
     return Splits(train=part(np.flatnonzero(~for_test)), test=part(np.flatnonzero(for_test)), skipped=skipped)
 
@@ -435,7 +607,7 @@ def _digits() -> Splits:
         labels=labels,
         ids=ids,
         mean=_rounded(pictures[~for_test].mean(axis=(0, 1, 2))),
-        read=lambda i: pictures[i],
+        read=_Held(pictures),
         whole=True,
         flip=False,
         colour=False,
@@ -448,25 +620,34 @@ def _synthetic() -> Splits:
     ids = np.arange(1000, dtype=np.int64)
     # By fives, so that taking every fifth picture for the test takes as many of each class.
     labels = ids // 5 % classes
-    # A pattern in [64, 192) under noise in [-32, 32) stays within 0 to 255, so that nothing is clipped. The patterns
-    # are drawn at step 0 and the noise at step 1.
+    # Patterns are drawn at step 0 and noise at step 1.
     patterns = 64 + _random_bytes(np.arange(classes), 0, cells * cells * 3).reshape(classes, cells, cells, 3) // 2
-
-    def read(i: int) -> U8:
-        noise = _random_bytes(i, 1, side * side * 3).reshape(side, side, 3) // 4
-        pattern = patterns[labels[i]].repeat(side // cells, axis=0).repeat(side // cells, axis=1)
-        picture: U8 = pattern - 32 + noise
-        return picture
-
     synthetic = DataSet(
         name="synthetic",
         class_names=tuple(f"pattern {c}" for c in range(classes)),
         labels=labels,
         ids=ids,
         mean=_rounded(patterns.mean(axis=(0, 1, 2)) - 0.5),
-        read=read,
+        read=_Patterns(patterns, labels, side),
     )
     return _parts(synthetic, ids % 5 == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Patterns:
+    """Makes pictures of `side` pixels: the coarse pattern of its class under noise."""
+
+    patterns: U8
+    labels: I64
+    side: int
+
+    def __call__(self, i: int) -> U8:
+        times = self.side // self.patterns.shape[1]
+        # A pattern in [64, 192) under noise in [-32, 32) stays within 0 to 255, so that nothing is clipped.
+        noise = _random_bytes(i, 1, self.side * self.side * 3).reshape(self.side, self.side, 3) // 4
+        pattern = self.patterns[self.labels[i]].repeat(times, axis=0).repeat(times, axis=1)
+        picture: U8 = pattern - 32 + noise
+        return picture
 
 
 def _random_bytes(index: npt.ArrayLike, step: int, count: int) -> U8:
@@ -510,7 +691,7 @@ def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
         labels=labels[kept],
         ids=kept,
         mean=_rounded(means[readable & ~for_test].mean(axis=0)),
-        read=lambda i: read_picture(paths[kept[i]]),
+        read=Chosen(Files([str(path) for path in paths]), kept),
     )
     return _parts(folder, for_test[kept], tuple(str(paths[i]) for i in ids[~readable]))
 

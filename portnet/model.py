@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, images, onnx_export, onnx_file, parity, plugins, training, weights
+from portnet import alexnet, images, onnx_export, onnx_file, parity, plugins, trainer, training, weights
 from portnet.calibration import TakesExports
-from portnet.contract import INT8, Array, Device, Session, Settings
-from portnet.errors import ExportError, InputError, OnnxFileError, PortNetError, Unavailable, Unsupported
+from portnet.contract import INT8, Array, Device, Parallel, Session, Settings
+from portnet.errors import ExportError, InputError, OnnxFileError, PortNetError, Unavailable, UnknownName, Unsupported
 from portnet.graph import Graph, Normalisation
-from portnet.images import Batch, DataSet, Splits
+from portnet.images import Batch, DataSet, PixelBatch, Splits
+from portnet.trainer import Result, Watcher
 from portnet.training import Data, Evaluation
 
 EXPORT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
@@ -47,6 +48,8 @@ class AlexNet:
     TF32), ``tf32``, ``bfloat16``, ``float16`` or ``float64``, as far as the device has them. `formulation`:
     ``portable``, or ``stock`` for PyTorch's own operators. `seed` decides the initial weights, the order of images,
     their augmentation and the dropout masks, alike on every backend. `weights`: a file or a dict to start from.
+    `engine`, `channels_last`, `accumulate`, `parallel`: see `portnet.contract.Settings`; with `parallel` this process
+    is one of a group that torchrun started.
 
     Raises `UnknownName` for an unknown backend, preset or option, `Unavailable` where the device cannot be used,
     `Unsupported` for a precision or formulation it does not have, `WeightsError` for weights that do not fit.
@@ -62,10 +65,17 @@ class AlexNet:
         formulation: str = "portable",
         seed: int = 0,
         weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        engine: str = "eager",
+        channels_last: bool = False,
+        accumulate: int = 1,
+        parallel: Parallel = "",
         **options: Any,
     ) -> None:
         graph = alexnet.graph(preset, classes=classes, **options)
-        self._open(graph, backend, Settings(precision=precision, formulation=formulation, seed=_seed(seed)), weights)
+        training.check_at_least_1("accumulate", accumulate)
+        how: dict[str, Any] = {"precision": precision, "formulation": formulation, "seed": _seed(seed)}
+        how |= {"engine": engine, "channels_last": channels_last, "accumulate": accumulate, "parallel": parallel}
+        self._open(graph, backend, Settings(**how), weights)
 
     def _open(
         self,
@@ -171,7 +181,7 @@ class AlexNet:
             start=self.steps,
         )
 
-        def counted() -> Iterator[Batch]:
+        def counted() -> Iterator[Batch | PixelBatch]:
             # As they are made: after an interruption the next call must not repeat what the weights have seen, and
             # data that cannot be trained on must not change how pictures are read.
             for made in batches:
@@ -183,14 +193,58 @@ class AlexNet:
         rate = self.graph.recipe.learning_rate if learning_rate is None else learning_rate
         return training.fit(self.session, counted(), learning_rate=rate, start=self.steps, on_step=on_step)
 
+    def train(
+        self,
+        data: Splits,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        batch: int | None = None,
+        learning_rate: float | None = None,
+        schedule: str | None = None,
+        watcher: Watcher | None = None,
+        **options: Any,
+    ) -> Result:
+        """Train by the preset's whole recipe: its schedule, validation each epoch, checkpoints to go on from.
+
+        `steps` or `epochs`, `batch` (of all processes together) and `learning_rate` are the recipe's unless given;
+        `schedule` is the recipe's, or one of `portnet.alexnet.SCHEDULES`. `options` are those of `portnet.trainer.Run`
+        (`workers`, `validate`, `views`, `checkpoints`, `every`, `metrics`, `tensorboard`). A call begins with the
+        weights as they are, at step 0, unless there is a checkpoint. Raises what `portnet.trainer.train` does, and
+        `Unsupported` on a backend that only infers.
+        """
+        if "train" not in self.backend.modes:
+            raise Unsupported(f"backend {self.backend.name} does not train, it only infers")
+        if not isinstance(data, Splits):
+            raise InputError(f"data must be what portnet.load_data gives, got {type(data).__name__}")
+        given: dict[str, Any] = {"batch": batch, "learning_rate": learning_rate}
+        recipe = replace(self.graph.recipe, **{k: v for k, v in given.items() if v is not None})
+        if schedule is not None:
+            if schedule not in alexnet.SCHEDULES:
+                raise UnknownName("schedule", schedule, alexnet.SCHEDULES)
+            recipe = replace(recipe, schedule=alexnet.SCHEDULES[schedule])
+        run = trainer.Run(recipe=recipe, steps=steps, epochs=epochs, **options)
+        where = f"{self.backend.name}, {self.device.name}"
+        result = trainer.train(self.session, self.graph, self.settings, data, run, backend=where, watcher=watcher)
+        self.class_names, self.whole, self.steps = data.train.class_names, data.train.whole, result.step
+        return result
+
     def evaluate(
-        self, data: Data, *, batch: int = 64, views: int = 1, on_batch: Callable[[int], None] | None = None
+        self,
+        data: Data,
+        *,
+        batch: int = 64,
+        views: int = 1,
+        workers: int = 0,
+        on_batch: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Top-1, top-5 and loss on a data set's test split, or on a pair of prepared images and labels.
 
-        `views`: 1 for the centre crop, 10 for the paper's ten views with averaged softmax. Raises `InputError`.
+        `views`: 1 for the centre crop, 10 for the paper's ten views with averaged softmax. `workers` processes decode.
+        Raises `InputError`.
         """
-        return training.evaluate(self.session, self.graph, data, batch=batch, views=views, on_batch=on_batch)
+        how: dict[str, Any] = {"batch": batch, "views": views, "workers": workers, "on_batch": on_batch}
+        return training.evaluate(self.session, self.graph, data, **how)
 
     def classify(self, picture: str | os.PathLike[str] | Array, *, top: int = 5) -> list[tuple[str, float]]:
         """The likeliest classes of one picture, a file or uint8 ``(height, width, 3)``, with their probabilities.
@@ -203,9 +257,13 @@ class AlexNet:
         return _likeliest(_softmax(logits), self.class_names, top)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the weights, preset, options and class names to one safetensors file. Raises `WeightsError`."""
+        """Write the weights, preset, options and class names to one safetensors file. Raises `WeightsError`.
+
+        Of a group of processes all must call it, and the first writes.
+        """
         notes = {"class_names": self.class_names, "whole": self.whole}
-        return weights.save(path, self.graph, self.weights(), notes)
+        values = self.weights()
+        return weights.save(path, self.graph, values, notes) if self.session.place.rank == 0 else Path(path)
 
     def export_onnx(
         self,

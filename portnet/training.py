@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from portnet import images, philox
-from portnet.contract import Array, Session
+from portnet.contract import Array, Place, Session
 from portnet.errors import InputError, PortNetError
 from portnet.graph import Graph
-from portnet.images import Batch, DataSet, Splits
+from portnet.images import Batch, DataSet, PixelBatch, Splits
+from portnet.loading import Loader
 
 Data: TypeAlias = "Splits | DataSet | tuple[Array, Array]"
 """A data set (its training split for `fit`, its test split for `evaluate`), or prepared images with their labels."""
@@ -80,7 +81,8 @@ def _check_data(data: Any) -> None:
         )
 
 
-def _check_at_least_1(name: str, value: Any) -> None:
+def check_at_least_1(name: str, value: Any) -> None:
+    """Raises `InputError` unless `value` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
 
@@ -94,14 +96,14 @@ def training_batches(
     epochs: int | None = None,
     steps: int | None = None,
     start: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[Batch | PixelBatch]:
     """Augmented batches of an epoch after another, from the epoch that step `start` falls in.
 
     Ends after `epochs`, or after `steps` batches; one of them must be given.
     """
     for name, value in (("epochs", epochs), ("steps", steps), ("batch", batch)):
         if value is not None:
-            _check_at_least_1(name, value)
+            check_at_least_1(name, value)
     if (epochs is None) == (steps is None):
         raise InputError("give either epochs or steps")
     one_epoch = _epochs(data, graph, seed, batch)
@@ -115,7 +117,9 @@ def training_batches(
         yield next(current)
 
 
-def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Callable[[int], Iterator[Batch]]]:
+def _epochs(
+    data: Data, graph: Graph, seed: int, batch: int
+) -> tuple[int, Callable[[int], Iterator[Batch | PixelBatch]]]:
     """Batches in an epoch, and a function from an epoch's number to them."""
     _check_data(data)
     if isinstance(data, tuple):
@@ -123,7 +127,7 @@ def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Calla
         labels = check_labels(graph, data[1], len(pictures))
         count = len(pictures)
 
-        def epoch(number: int) -> Iterator[Batch]:
+        def epoch(number: int) -> Iterator[Batch | PixelBatch]:
             order = philox.order(seed, number, count)
             for i in range(0, count - batch + 1, batch):
                 ids = order[i : i + batch]
@@ -133,7 +137,7 @@ def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Calla
         split = data.train if isinstance(data, Splits) else data
         count = len(split)
 
-        def epoch(number: int) -> Iterator[Batch]:
+        def epoch(number: int) -> Iterator[Batch | PixelBatch]:
             return images.training_batches(split, graph, seed=seed, epoch=number, batch=batch)
 
     if count < batch:
@@ -143,19 +147,21 @@ def _epochs(data: Data, graph: Graph, seed: int, batch: int) -> tuple[int, Calla
 
 def fit(
     session: Session,
-    batches: Iterator[Batch],
+    batches: Iterator[Batch | PixelBatch],
     *,
-    learning_rate: float,
+    learning_rate: float | Callable[[int], float],
     start: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train on each batch in turn; the loss before each step.
 
-    `start` is the number of steps taken before. Losses are fetched one step late, so that a device is kept busy. Raises
-    `Diverged` where a loss is no finite number, and `InputError` for a learning rate that is none.
+    `start` is the number of steps taken before; `learning_rate` may depend on the step's number, from 0. Losses are
+    fetched one step late, so that a device is kept busy. Raises `Diverged` where a loss is no finite number, and
+    `InputError` for a learning rate that is none.
     """
-    if not 0 <= learning_rate < inf:
-        raise InputError(f"the learning rate must be a finite number of at least 0, got {learning_rate}")
+    rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    if not 0 <= rate(start) < inf:
+        raise InputError(f"the learning rate must be a finite number of at least 0, got {rate(start)}")
     losses: list[float] = []
 
     def fetch(value: Any) -> None:
@@ -168,13 +174,20 @@ def fit(
 
     waiting: list[Any] = []
     for step, batch in enumerate(batches, start):
-        on_device = (session.put(a) for a in (batch.images, batch.labels, batch.ids))
-        waiting.append(session.train_step(*on_device, step=step, learning_rate=learning_rate))
+        numbers = session.put(batch.labels), session.put(batch.ids)
+        waiting.append(session.train_step(_put(session, batch), *numbers, step=step, learning_rate=rate(step)))
         if len(waiting) > 1:
             fetch(waiting.pop(0))
     for value in waiting:
         fetch(value)
     return losses
+
+
+def _put(session: Session, batch: Batch | PixelBatch) -> Any:
+    """A batch's images on the device, which makes them of the pixels itself where there are some."""
+    if isinstance(batch, PixelBatch):
+        return session.put_pixels(batch.pixels, batch.shift, batch.scale)
+    return session.put(batch.images)
 
 
 def evaluate(
@@ -184,22 +197,25 @@ def evaluate(
     *,
     batch: int = 64,
     views: int = 1,
+    workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Classify every picture once, or by the mean of the softmax over the paper's ten views (`views` = 10).
 
-    A class counts as ranked below those of the same probability. Raises `InputError` for unfit or no data.
+    `workers` processes decode. Of a session that shares its batches with others, all must call this. A class counts as
+    ranked below those of the same probability. Raises `InputError` for unfit or no data.
     """
     _check_data(data)
-    _check_at_least_1("batch", batch)
+    check_at_least_1("batch", batch)
     if views not in (1, 10):
         raise InputError(f"views must be 1 (centre) or 10 (corners, centre and their mirrors), got {views}")
     if views == 10 and (isinstance(data, tuple) or _test_split(data).whole):
         raise InputError("ten views need pictures that suit cropping, not prepared images or a set scaled whole")
     right1 = right5 = count = 0
     loss = 0.0
-    for images_, labels in _evaluation_batches(graph, data, max(1, batch // views), views):
-        logits = session.get(session.infer(session.put(images_))).astype(np.float64)
+    for batch_ in _evaluation_batches(graph, data, max(1, batch // views), views, workers, session.place):
+        labels = batch_.labels
+        logits = session.get(session.infer(_put(session, batch_))).astype(np.float64)
         with np.errstate(invalid="ignore"):  # infinite logits give NaN, which is a miss
             shifted = logits - logits.max(axis=1, keepdims=True)
             # Logarithms throughout: probabilities below 1e-308 would all be 0, and tie.
@@ -214,29 +230,25 @@ def evaluate(
         count += len(labels)
         if on_batch:
             on_batch(count)
+    right1, right5, loss, count = session.total(np.array([right1, right5, loss, count], np.float64)).tolist()
     if not count:
         raise InputError("there is nothing to evaluate on: the data set is empty")
-    return Evaluation(top1=right1 / count, top5=right5 / count, loss=loss / count, count=count)
+    return Evaluation(top1=right1 / count, top5=right5 / count, loss=loss / count, count=round(count))
 
 
 def _test_split(data: "Splits | DataSet") -> DataSet:
     return data.test if isinstance(data, Splits) else data
 
 
-def _evaluation_batches(graph: Graph, data: Data, batch: int, views: int) -> Iterator[tuple[Array, Array]]:
-    if isinstance(data, tuple):
-        pictures = check_images(graph, data[0])
-        labels = check_labels(graph, data[1], len(pictures))
-        for i in range(0, len(pictures), batch):
-            yield pictures[i : i + batch], labels[i : i + batch]
+def _evaluation_batches(
+    graph: Graph, data: Data, batch: int, views: int, workers: int, place: Place
+) -> Iterator[Batch | PixelBatch]:
+    if not isinstance(data, tuple):
+        with Loader(_test_split(data), workers=workers) as loader:
+            yield from loader.evaluation_batches(graph, batch=batch, views=views, place=place)
         return
-    split = _test_split(data)
-    if views == 1:
-        for b in images.evaluation_batches(split, graph, batch=batch):
-            yield b.images, b.labels
-        return
-    check_labels(graph, split.labels, len(split))
-    for i in range(0, len(split), batch):
-        places = range(i, min(i + batch, len(split)))
-        views_ = images.ten_views([split.read(j) for j in places], graph)
-        yield views_.reshape(-1, *graph.input), split.labels[i : i + batch]
+    pictures = check_images(graph, data[0])
+    labels = check_labels(graph, data[1], len(pictures))
+    for i in range(batch * place.part, len(pictures), batch * place.parts):
+        ids = np.arange(i, min(i + batch, len(pictures)))
+        yield Batch(images=pictures[ids], labels=labels[ids], ids=ids)

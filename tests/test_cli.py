@@ -15,12 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 import portnet
-from portnet import alexnet, cli, conformance, launch, onnx_export, plugins, record
-from portnet.contract import Backend, Device, LibraryLayer
+from portnet import alexnet, cli, conformance, console, launch, onnx_export, plugins, record
+from portnet.contract import Backend, Device, LibraryLayer, Session
 from portnet.errors import Unavailable
 from portnet.graph import Flatten, Linear, Normal, Normalisation, Recipe
 from portnet.plugins import Problem, Registry
 from portnet.record import Record
+from portnet.trainer import Result
 
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
 COMMANDS = (
@@ -246,11 +247,14 @@ def test_train_says_what_it_did(tmp_path):
     assert f"{net.evaluate(splits).top1:.1%}" == f"{top1}%"
 
 
+SPEED = r", [\d.e+]+ images/s, about \d+ s left"
+
+
 def test_progress_without_a_terminal_is_plain_lines_on_standard_error():
     _, err = portnet_("train", *TINY, "--steps", 40, "--batch", 8)
     lines = err.splitlines()
     assert [line.split()[0] for line in lines] == [f"[{4 * i}/40]" for i in range(1, 11)]
-    assert all(re.fullmatch(r"\[\d+/40\] step \d+, loss \d\.\d{3}", line) for line in lines)
+    assert all(re.fullmatch(rf"\[\d+/40\] step \d+, loss \d\.\d{{3}}{SPEED}", line) for line in lines)
     _, err = portnet_("train", *TINY, "--steps", 35, "--batch", 8)
     assert [line.split()[0] for line in err.splitlines()][-3:] == ["[30/35]", "[33/35]", "[35/35]"]
     _, err = portnet_("train", *TINY, "--steps", 3, "--batch", 8)
@@ -292,17 +296,20 @@ def test_the_digits_are_trained_on_as_caffe_in_batches_of_64(monkeypatch):
         def __init__(self, backend, preset, **options):
             seen.update(options, preset=preset)
 
-        def fit(self, splits, *, steps, epochs, batch, learning_rate, on_step):
-            seen.update(steps=steps, epochs=epochs, batch=batch, learning_rate=learning_rate)
-            return [1.0]
+        session = Session
 
-        def evaluate(self, splits):
+        def train(self, splits, **asked):
+            seen.update(asked)
+            return Result(losses=[1.0], step=1)
+
+        def evaluate(self, splits, *, views, workers):
             return portnet.training.Evaluation(top1=1, top5=1, loss=0, count=1)
 
     monkeypatch.setattr(portnet, "AlexNet", FakeNet)
     portnet_("train")
     assert (seen["preset"], seen["steps"], seen["epochs"], seen["batch"]) == ("caffe", 210, None, 64)
-    assert (seen["classes"], seen["learning_rate"]) == (10, None)
+    assert (seen["classes"], seen["learning_rate"], seen["schedule"]) == (10, None, "constant")
+    assert (seen["validate"], seen["workers"]) == (0, 0)
 
 
 def test_train_on_a_folder(folder):
@@ -319,7 +326,7 @@ def test_train_with_an_unreadable_picture(folder):
     broken.write_bytes(b"no picture")
     assert f"cannot read {broken} as a picture" in message("train", *TINY, "--data", folder, "--steps", 1)
     out, err = portnet_("train", *TINY, "--data", folder, "--steps", 1, "--skip-unreadable", "--json")
-    assert err == f"portnet: left out, unreadable: {broken}\n"
+    assert err == f"portnet: left out, unreadable: {broken}\nportnet: 1 picture left out\n"
     assert len(json.loads(out)["losses"]) == 1
 
 
@@ -680,15 +687,15 @@ def test_mistakes_in_comparing(comparing, tmp_path):
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "_console", lambda **_: Console(file=screen, force_terminal=True, width=100))
-    with cli._progress(total=3) as (say, advance):
+    monkeypatch.setattr(console, "open_console", lambda **_: Console(file=screen, force_terminal=True, width=100))
+    with console.show_progress(total=3) as (say, advance):
         say("measuring [bold]")
         advance("one [/bold]")
     assert "\x1b" in screen.getvalue()
     assert "1/3" in screen.getvalue()
     assert "[/bold]" in screen.getvalue()
     screen.truncate(0)
-    with cli._progress(total=3, quiet=True) as (say, advance):
+    with console.show_progress(total=3, quiet=True) as (say, advance):
         say("measuring")
         advance("one")
     assert not screen.getvalue().strip("\0")

@@ -18,7 +18,7 @@ from PIL import Image
 from portnet import alexnet, images, philox
 from portnet.errors import InputError, PictureError, UnknownName
 from portnet.graph import Flatten, Graph, Linear, Normalisation
-from portnet.images import Batch, DataSet, Splits
+from portnet.images import DataSet, PixelBatch, Splits
 from portnet.philox import Stream
 
 RAW = alexnet.graph(classes=10, mean=(0, 0, 0))
@@ -56,7 +56,7 @@ def data_set(read: Callable[[int], np.ndarray], n: int, *, classes: int = 10, **
     return replace(built, **options)
 
 
-def by_id(batches: Iterable[Batch]) -> dict[int, np.ndarray]:
+def by_id(batches: Iterable[PixelBatch]) -> dict[int, np.ndarray]:
     return {int(i): image for b in batches for i, image in zip(b.ids, b.images, strict=True)}
 
 
@@ -561,7 +561,7 @@ def test_training_order_labels_and_the_rest() -> None:
     assert np.concatenate([b.ids for b in batches]).tolist() == data.ids[places].tolist()
     assert np.concatenate([b.labels for b in batches]).tolist() == data.labels[places].tolist()
     for b in batches:
-        assert isinstance(b, Batch)
+        assert isinstance(b, PixelBatch)
         assert (b.images.dtype, b.labels.dtype, b.ids.dtype) == (np.float32, np.int64, np.int64)
         assert b.images.shape == (4, 3, 7, 7)
     plain = replace(data, colour=False)

@@ -735,7 +735,7 @@ def test_a_data_set_of_more_classes_than_the_network_has():
     says = "colours has 3 classes and the network 2 outputs; make the network with classes=3"
     refuses(InputError, says, lambda: net.fit(colours(), steps=1, batch=4))
     refuses(InputError, says, lambda: net.evaluate(colours()))
-    refuses(InputError, r"\[0, 2\), the network's classes", lambda: net.evaluate(colours(), views=10))
+    refuses(InputError, says, lambda: net.evaluate(colours(), views=10))
     assert net.class_names is None
 
 
