@@ -19,6 +19,7 @@ class Cpu(TorchBackend):
     vendor: ClassVar[str] = "any CPU"
     priority: ClassVar[int] = 10
     type: ClassVar[str] = "cpu"
+    collectives: ClassVar[str] = "gloo"
 
     def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
         flags, precision = features(), settings.precision

@@ -18,6 +18,7 @@ class Cuda(TorchBackend):
     note: ClassVar[str] = "not yet verified on hardware"
     engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
     type: ClassVar[str] = "cuda"
+    collectives: ClassVar[str] = "nccl"
 
     def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
         reasons = {"float32": "strict float32 uses none", "float64": "nothing keeps float64 from those that have it"}

@@ -18,6 +18,7 @@ class Rocm(TorchBackend):
     note: ClassVar[str] = "not yet verified on hardware"
     engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
     type: ClassVar[str] = "cuda"
+    collectives: ClassVar[str] = "nccl"
 
     def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
         wide = settings.precision in ("float32", "float64")

@@ -4,6 +4,7 @@ torch is imported inside functions, since listing backends must not load it; `to
 is loaded by `open`.
 """
 
+import sys
 from abc import abstractmethod
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, ClassVar
@@ -14,6 +15,7 @@ from portnet.contract import (
     Device,
     LibraryLayer,
     Mode,
+    Parallel,
     Session,
     Settings,
     Unavailable,
@@ -41,6 +43,12 @@ class TorchBackend(Backend):
     caches: ClassVar[tuple[str, ...]] = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     type: ClassVar[str]
     """The device's type in torch (``cuda``, also for ROCm)."""
+    collectives: ClassVar[str] = ""
+    """The library behind torch.distributed, by torch's name (``nccl``, also for RCCL); empty where `parallel` is."""
+
+    def __init_subclass__(cls) -> None:
+        ways: tuple[Parallel, ...] = ("data", "towers")
+        cls.parallel = ways if cls.collectives else ()
 
     @abstractmethod
     def find(self, torch: "ModuleType") -> Device:
@@ -82,6 +90,18 @@ class TorchBackend(Backend):
         note = "LRN, a convolution too in the portable formulation, stays with the library"
         return tuple(LibraryLayer(name=n, title=titles[n], replace={"formulation": n}, note=note) for n in names)
 
+    def check(self, settings: Settings, device: Device | None = None) -> Device:
+        device = super().check(settings, device)
+        if settings.parallel and settings.engine != "eager":
+            raise Unsupported(f"several processes train together in engine eager, not {settings.engine}")
+        return device
+
+    def launcher(self, processes: int, restarts: int) -> list[str]:
+        if not self.parallel:
+            return super().launcher(processes, restarts)
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*run, f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         self.check(settings)
         if (settings.precision, settings.formulation) == ("float16", "stock") and any(
@@ -91,6 +111,12 @@ class TorchBackend(Backend):
                 "PyTorch's local_response_norm squares in float16, which overflows above 255; "
                 "use bfloat16, or the portable formulation"
             )
+        if settings.parallel:
+            from portnet_backends import torch_parallel
+
+            torch_parallel.join(self.type, self.collectives)
+            kind = torch_parallel.SESSIONS[settings.parallel]
+            return kind(self.device_type(), self.synchronize, graph, weights, settings)
         from portnet_backends.torch_session import TorchSession
 
         return TorchSession(self.device_type(), self.synchronize, graph, weights, settings)

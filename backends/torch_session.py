@@ -178,7 +178,7 @@ def _compiled_direct() -> Callable[..., Tensor]:
 CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {"unfold": UnfoldConv, "direct": DirectConv}
 
 
-def _module(layer: Layer, channels: int, formulation: str, *, traced: bool) -> nn.Module:
+def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool) -> nn.Module:
     match layer:
         case Pad():
             return nn.ZeroPad2d((0, layer.right, 0, layer.bottom))
@@ -212,7 +212,7 @@ class Network(nn.Module):
     def __init__(self, graph: Graph, formulation: str = "portable", *, traced: bool = False) -> None:
         super().__init__()
         for step in graph.steps:
-            self.add_module(step.layer.name, _module(step.layer, step.input[0], formulation, traced=traced))
+            self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, traced=traced))
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
@@ -386,10 +386,12 @@ class TorchSession(Session):
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         # Made without values, so that torch neither draws 61 million of its own nor moves its generator.
         with torch.device("meta"):
-            self.module = Network(graph, settings.formulation, traced=settings.engine == "compile")
-        state = {name: torch.tensor(weights[name], dtype=torch.float32) for name in graph.parameters}
+            self.module = self._network()
+        owned = self._owned(weights)
+        state = {name: torch.tensor(owned[name], dtype=torch.float32) for name, _ in self.module.named_parameters()}
         self.module.load_state_dict(state, assign=True)
-        self.module.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self._wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.module.to(self._wide)
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = dict(self.module.named_parameters())
         self.velocity: dict[str, Tensor] = {}
@@ -407,6 +409,19 @@ class TorchSession(Session):
         elif settings.engine == "graph":
             self._infer = Captured(self._inferred, capture=self.capture)
 
+    # What a session that shares the network with others does in its own way; see `torch_parallel`.
+
+    def _network(self) -> nn.Module:
+        return Network(self.graph, self.settings.formulation, traced=self.settings.engine == "compile")
+
+    def _owned(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Of the whole network's arrays, by parameter, those that this process holds."""
+        return arrays
+
+    def _agreed(self, finite: Tensor) -> Tensor:
+        """Whether the gradients are finite in every process that must take the same step."""
+        return finite
+
     def put(self, array: Array) -> Tensor:
         return torch.tensor(array, device=self.device)
 
@@ -415,7 +430,11 @@ class TorchSession(Session):
         return wide.detach().cpu().numpy().copy()
 
     def weights(self) -> dict[str, Array]:
-        return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
+        return self._whole({name: p.detach() for name, p in self.parameters.items()})
+
+    def _whole(self, arrays: Mapping[str, Tensor]) -> dict[str, Array]:
+        """The whole network's arrays on the host, from what this process and those it shares with hold."""
+        return {name: value.cpu().numpy().copy() for name, value in arrays.items()}
 
     def put_pixels(self, pixels: Array, shift: Array, scale: Array) -> Tensor:
         on_device = self._copied(pixels).permute(0, 3, 1, 2).float()
@@ -431,22 +450,23 @@ class TorchSession(Session):
         return host.to(self.device)
 
     def state(self) -> dict[str, Array]:
-        found = {name: p.detach() for name, p in self.parameters.items()}
-        found |= {f"{VELOCITY}{name}": v for name, v in self.velocity.items()}
+        found = self.weights()
+        found |= {VELOCITY + name: value for name, value in self._whole(self.velocity).items()}
         if self.loss_scale is not None:
-            found[LOSS_SCALE] = self.loss_scale
-        return {name: value.cpu().numpy().copy() for name, value in found.items()}
+            found[LOSS_SCALE] = self.loss_scale.cpu().numpy().copy()
+        return found
 
     def restore(self, state: Mapping[str, Array]) -> None:
         if not self.velocity:
             self._start_training()
-        targets = {**self.parameters, **{f"{VELOCITY}{name}": v for name, v in self.velocity.items()}}
-        if self.loss_scale is not None:
-            targets[LOSS_SCALE] = self.loss_scale
+        whole = {name: value for name, value in state.items() if name in self.graph.parameters}
+        moving = {name: state[VELOCITY + name] for name in whole if VELOCITY + name in state}
         with torch.no_grad():
-            for name, target in targets.items():
-                if name in state:
-                    target.copy_(torch.tensor(state[name]))
+            for targets, arrays in ((self.parameters, whole), (self.velocity, moving)):
+                for name, value in self._owned(arrays).items():
+                    targets[name].copy_(torch.tensor(value))
+            if self.loss_scale is not None and LOSS_SCALE in state:
+                self.loss_scale.copy_(torch.tensor(state[LOSS_SCALE]))
         self._cast_from = ()
 
     def use(self, recipe: Recipe) -> None:
@@ -517,9 +537,8 @@ class TorchSession(Session):
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, *, step: int, learning_rate: float) -> Tensor:
         if not self.velocity:
             self._start_training()
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         with self._as_set():
-            at, rate = self._scalar(step, torch.int64), self._scalar(learning_rate, wide)
+            at, rate = self._scalar(step, torch.int64), self._scalar(learning_rate, self._wide)
             loss = self._train(images, labels, ids, at, rate)
         # Neither a replay nor compiled code need count the versions of what they change.
         self._cast_from = ()
@@ -619,7 +638,7 @@ class TorchSession(Session):
         The rule is the usual one (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2): half the
         scale after an overflow, twice after `GROWTH` steps without. Nothing waits for the device to tell.
         """
-        finite = torch.stack([torch.isfinite(g).all() for g in gradients.values()]).all()
+        finite = self._agreed(torch.stack([torch.isfinite(g).all() for g in gradients.values()]).all())
         good = torch.where(finite, loss_scale[1] + 1, 0.0)
         grown = torch.where(good == GROWTH, loss_scale[0] * 2, loss_scale[0])
         scale = torch.where(finite, grown, loss_scale[0] / 2).clamp(1.0, 2.0**24)
@@ -653,8 +672,7 @@ class TorchSession(Session):
         for i in range(0, len(images), size):
             part = slice(i, i + size)
             kept = {name: mask[part] for name, mask in masks.items()}
-            logits, loss = self._losses(self.parameters, images[part], labels[part], kept)
-            gradients = self._gradients(loss / parts if parts > 1 else loss)
+            logits, loss, gradients = self._losses_of(images[part], labels[part], kept, last=i + size == len(images))
             total = [a.add_(b) for a, b in zip(total, gradients, strict=True)] if total else gradients
             told.append((logits.detach(), loss.detach()))
         found = dict(zip(self.parameters, total, strict=True))
@@ -662,10 +680,18 @@ class TorchSession(Session):
             return *told[0], found
         return torch.cat([logits for logits, _ in told]), torch.stack([loss for _, loss in told]).mean(), found
 
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """The loss's gradients by every parameter, computed at the loss's scale where it has one."""
-        parameters = list(self.parameters.values())
-        if self.loss_scale is None:
-            return list(torch.autograd.grad(loss, parameters))
-        scale = self.loss_scale[0].clone()
-        return [g / scale for g in torch.autograd.grad(loss * scale, parameters)]
+    def _losses_of(
+        self, images: Tensor, labels: Tensor, masks: dict[str, Tensor], *, last: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits and loss of one part of a batch, and its share of the gradients; `last` says that no other follows."""
+        logits, loss = self._losses(self.parameters, images, labels, masks)
+        gradients = torch.autograd.grad(self._scaled(loss), list(self.parameters.values()))
+        return logits, loss, self._unscaled(list(gradients))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """The loss of one part as its share of the batch's, at the scale of float16's."""
+        share = loss / self.settings.accumulate if self.settings.accumulate > 1 else loss
+        return share if self.loss_scale is None else share * self.loss_scale[0]
+
+    def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
+        return gradients if self.loss_scale is None else [g / self.loss_scale[0] for g in gradients]

@@ -17,6 +17,7 @@ class Xpu(TorchBackend):
     priority: ClassVar[int] = 40
     note: ClassVar[str] = "not yet verified on hardware"
     type: ClassVar[str] = "xpu"
+    collectives: ClassVar[str] = "xccl"
 
     def find(self, torch: "ModuleType") -> Device:
         if not torch.xpu._is_compiled():

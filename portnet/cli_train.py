@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(1)
-BUILT_IN = ("digits", "synthetic")
+BUILT_IN, BATCH = ("digits", "synthetic"), 64
 
 INSIDE = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 """What torchrun sets in the environment of each process that it starts."""
@@ -126,16 +126,18 @@ def train(
     settings["parallel"] = parallel or ""
     inside = all(name in os.environ for name in INSIDE)
     if parallel and not inside:
-        sys.exit(_start(backend, Settings(**settings), portnet.graph(preset, **options), processes, restarts))
-    size = int(os.environ["WORLD_SIZE"]) if inside else 1
-    if size > 1 and not parallel:
-        raise click.UsageError(f"torchrun started {size} processes; give --parallel data or --parallel towers")
-    if processes not in (None, size):
+        graph = portnet.graph(preset, **options)
+        size = batch or (BATCH if built_in else graph.recipe.batch)
+        sys.exit(_start(backend, Settings(**settings), graph, size, processes, restarts))
+    group = int(os.environ["WORLD_SIZE"]) if inside else 1
+    if group > 1 and not parallel:
+        raise click.UsageError(f"torchrun started {group} processes; give --parallel data or --parallel towers")
+    if processes not in (None, group):
         raise click.UsageError(
-            f"--processes {processes}, but " + (f"torchrun started {size}" if inside else "no --parallel")
+            f"--processes {processes}, but " + (f"torchrun started {group}" if inside else "no --parallel")
         )
     splits = portnet.load_data(data, skip_unreadable=skip_unreadable)
-    batch = batch or min(64 if built_in else portnet.graph(preset).recipe.batch, len(splits.train))
+    batch = batch or min(BATCH if built_in else portnet.graph(preset).recipe.batch, len(splits.train))
     net = portnet.AlexNet(
         backend, preset, classes=len(splits.train.class_names), mean=splits.train.mean, **settings, **options
     )
@@ -210,12 +212,12 @@ class _Told:
             click.echo(f"epoch {epoch}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}, loss {result.loss:.3f}")
 
 
-def _start(backend: str, settings: Settings, graph: Graph, processes: int | None, restarts: int) -> int:
+def _start(backend: str, settings: Settings, graph: Graph, batch: int, processes: int | None, restarts: int) -> int:
     """Start this very command in several processes; their exit status.
 
     What can be refused is refused here, once, and not by each of them.
     """
-    from portnet import towers
+    from portnet import towers, trainer
 
     if settings.parallel == "towers":
         towers.split(graph)
@@ -224,6 +226,7 @@ def _start(backend: str, settings: Settings, graph: Graph, processes: int | None
         processes = 2
     if processes is None:
         raise click.UsageError("say how many processes are to share each batch: --parallel data --processes N")
+    trainer.check_split(batch, 1 if settings.parallel == "towers" else processes, settings.accumulate)
     chosen = plugins.choose(backend)
     chosen.check(settings, plugins.probe(chosen))
     command = [*chosen.launcher(processes, restarts), "-m", "portnet.cli", *sys.argv[1:]]

@@ -220,9 +220,10 @@ def _serve(pipe: Connection, pickled: bytes) -> None:
             if memory is not None:
                 memory.close()
             name, memory = told, _attach(told)
-        assert memory is not None and memory.buf is not None, "a group comes with its memory"
+        view = memory.buf if memory is not None else None
+        assert view is not None, "a group comes with its memory"
         try:
-            _fill(read, message, memory.buf)
+            _fill(read, message, view)
             pipe.send(None)
         except BrokenPipeError:
             return

@@ -162,6 +162,7 @@ class _Training:
         self.since: float | None = None
         self.counted = 0
         self.speed: float | None = None
+        self.began, self.stop = monotonic(), 0
 
     def carry_out(self) -> Result:
         with ExitStack() as stack:
@@ -264,7 +265,7 @@ class _Training:
 
     def advance(self, batches: Iterator[Any], stop: int) -> None:
         start, recipe = self.progress.step, self.run.recipe
-        self.since = None
+        self.since, self.counted, self.began, self.stop = None, 0, monotonic(), stop
 
         def rate(step: int) -> float:
             return self.progress.rate(recipe, step, self.per_epoch)
@@ -278,15 +279,18 @@ class _Training:
         self.progress = replace(self.progress, step=stop)
 
     def tell(self, number: int, loss: float, rate: float) -> None:
-        """One more loss has come; the speed is that since the first of this window came."""
-        now = monotonic()
-        if self.since is None:
+        """One more loss has come; the speed is that of the steps since a loss came before."""
+        now, batch = monotonic(), self.run.recipe.batch
+        self.window.append(loss)
+        self.counted += 1
+        if number == self.stop:
+            # Losses are fetched one step late, but for the last: it comes at once where work is done when it is issued.
+            if self.speed is None:
+                self.speed = (number - self.progress.step) * batch / (now - self.began)
+        elif self.since is None:
             self.since, self.counted = now, 0
         else:
-            self.counted += 1
-        self.window.append(loss)
-        if self.counted:
-            self.speed = self.counted * self.run.recipe.batch / max(now - self.since, 1e-9)
+            self.speed = self.counted * batch / (now - self.since)
         if number % WINDOW == 0 or number == self.total:
             self.metrics.write(
                 number,
@@ -300,7 +304,7 @@ class _Training:
             step = Step(
                 number=number,
                 total=self.total,
-                batch=self.run.recipe.batch,
+                batch=batch,
                 loss=loss,
                 learning_rate=rate,
                 images_per_second=self.speed,
@@ -337,15 +341,19 @@ def check(run: Run, split: DataSet, parts: int, accumulate: int) -> int:
         raise InputError("give either epochs or steps")
     if len(split) < batch:
         raise InputError(f"a batch of {batch} needs at least as many images to train on, got {len(split)}")
-    if batch % parts or batch // parts % accumulate:
-        raise InputError(
-            f"a batch of {batch} cannot be split evenly over {parts} processes"
-            + (f" of {accumulate} parts each" if accumulate > 1 else "")
-            + f"; give a multiple of {parts * accumulate}"
-        )
+    check_split(batch, parts, accumulate)
     if isinstance(run.recipe.schedule, Plateau) and not run.validate:
         raise InputError("a schedule that waits for a plateau needs validation; leave --validate at 1, or name another")
     return len(split) // batch
+
+
+def check_split(batch: int, parts: int, accumulate: int) -> None:
+    """Raises `InputError` unless a batch can be cut into equal parts, and each of them again."""
+    if batch % (parts * accumulate):
+        ways = [f"{parts} processes"] * (parts > 1) + [f"{accumulate} parts one after the other"] * (accumulate > 1)
+        raise InputError(
+            f"a batch of {batch} cannot be split evenly over {' of '.join(ways)}; give a multiple of {parts * accumulate}"
+        )
 
 
 def _differing(theirs: Any, ours: Any) -> str:

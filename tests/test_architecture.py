@@ -14,6 +14,7 @@ FLOORS = [
     {"errors", "host", "console", "data"},
     {"graph", "philox", "files", "devices", "portability"},
     {"alexnet", "contract", "record", "stats", "lines"},
+    {"towers"},
     {"hookspecs", "weights", "images", "checkpoint", "metrics", "watch", "lockin"},
     {"loading"},
     {"parity", "onnx_export", "training", "clock", "assessment", "projection", "difference"},
@@ -38,7 +39,7 @@ NEUTRAL = {
 }
 
 # Files of backends that are nobody's: what every torch device shares.
-LOADED_BY_OPEN = {"torch_session", "torch_philox", "torch_probe", "torch_own"}
+LOADED_BY_OPEN = {"torch_session", "torch_parallel", "torch_philox", "torch_probe", "torch_own"}
 SHARED = {"torch_device", "timing", "onnx_session", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.
