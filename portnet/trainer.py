@@ -351,9 +351,8 @@ def check_split(batch: int, parts: int, accumulate: int) -> None:
     """Raises `InputError` unless a batch can be cut into equal parts, and each of them again."""
     if batch % (parts * accumulate):
         ways = [f"{parts} processes"] * (parts > 1) + [f"{accumulate} parts one after the other"] * (accumulate > 1)
-        raise InputError(
-            f"a batch of {batch} cannot be split evenly over {' of '.join(ways)}; give a multiple of {parts * accumulate}"
-        )
+        fit = f"give a multiple of {parts * accumulate}"
+        raise InputError(f"a batch of {batch} cannot be split evenly over {' of '.join(ways)}; {fit}")
 
 
 def _differing(theirs: Any, ours: Any) -> str:
