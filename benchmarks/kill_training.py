@@ -111,7 +111,10 @@ def manifests(folder: Path) -> set[str]:
 
 
 def ended(pid: int, *, wait: bool = False) -> bool:
-    return os.waitpid(pid, 0 if wait else os.WNOHANG)[0] == pid
+    try:
+        return os.waitpid(pid, 0 if wait else os.WNOHANG)[0] == pid
+    except ChildProcessError:  # it was seen to end before
+        return True
 
 
 def undisturbed(folder: Path, parallel: str) -> tuple[str, float]:
