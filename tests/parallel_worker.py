@@ -1,0 +1,105 @@
+"""What each process of a group does in tests/test_parallel.py; rank 0 leaves what it found in a file.
+
+torchrun --nproc-per-node N parallel_worker.py WAY OUT CASE...
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+import portnet
+from portnet import parity, plugins, weights
+from portnet.contract import Settings
+from portnet.graph import Linear
+
+STEPS, RATE, BATCH = 5, 1e-4, 8
+
+
+def thin(preset):
+    """A preset at 67 pixels whose linear layers have 64 outputs, so that a step takes a moment."""
+    graph = portnet.graph(preset, image_size=67, classes=10)
+    layers, features = [], None
+    for layer in graph.layers:
+        if isinstance(layer, Linear):
+            out = 10 if layer is graph.layers[-1] else 64
+            layer = replace(layer, in_features=features or layer.in_features, out_features=out)
+            features = out
+        layers.append(layer)
+    return replace(graph, layers=tuple(layers))
+
+
+def opened(graph, way, precision="float32", formulation="portable", accumulate=1, start=None):
+    settings = Settings(parallel=way, precision=precision, formulation=formulation, accumulate=accumulate, seed=3)
+    return plugins.backends()["cpu"].open(graph, start or weights.parity(graph), settings)
+
+
+def batch(session, case):
+    place, count = session.place, len(case.labels)
+    part = slice(place.part * count // place.parts, (place.part + 1) * count // place.parts)
+    return [session.put(a[part]) for a in (case.images, case.labels, case.ids)]
+
+
+def steps(session, case, first, count):
+    images, labels, ids = batch(session, case)
+    return [
+        float(session.get(session.train_step(images, labels, ids, step=step, learning_rate=RATE)))
+        for step in range(first, first + count)
+    ]
+
+
+def everything(case_of):
+    """One case: gradients, five steps, and what a session that is restored from there does next."""
+    way, (preset, precision, formulation, accumulate) = case_of
+    graph = thin(preset)
+    case, found = parity.Case(graph, batch=BATCH), {}
+    session = opened(graph, way, precision, formulation, int(accumulate))
+    if way != "data":
+        masks = opened(graph, "", precision).masks(np.asarray(case.ids), step=0)
+        trace = session.trace(case.images, case.labels, masks)
+        found |= {f"gradient {name}": value for name, value in trace.gradients.items()}
+        found |= {"logits": trace.logits, "loss": trace.loss}
+    found["losses"] = steps(session, case, 0, STEPS)
+    found["traffic"] = json.dumps({k: [t.calls, t.bytes] for k, t in session.traffic().items()})
+    found["inference"] = session.get(session.infer(session.put(case.images)))
+    state = session.state()
+    found |= {f"state {name}": value for name, value in state.items()}
+    other = opened(graph, way, precision, formulation, int(accumulate), start=weights.initial(graph, 9))
+    other.restore(state)
+    next_losses = [steps(s, case, STEPS, 2) for s in (session, other)]
+    states = [s.state() for s in (session, other)]
+    found["resumed"] = next_losses[0] == next_losses[1] and all(
+        np.array_equal(states[0][name], states[1][name]) for name in states[0]
+    )
+    if way == "towers":  # and the whole network goes on from the towers' state
+        alone = opened(graph, "", precision, formulation, start=weights.initial(graph, 9))
+        alone.restore(state)
+        found["elsewhere"] = max(float(np.abs(alone.state()[name] - value).max()) for name, value in state.items())
+    found["total"] = session.total(np.array([1.0, session.place.rank]))
+    return found, session
+
+
+def full_size():
+    """What crosses in one step of the network at its full size."""
+    graph = portnet.graph("paper2012")
+    case = parity.Case(graph, batch=2)
+    session = opened(graph, "towers", start=weights.initial(graph))
+    steps(session, case, 0, 1)
+    return {"traffic": json.dumps({k: [t.calls, t.bytes] for k, t in session.traffic().items()})}, session
+
+
+def main(way, out, *cases):
+    found = {}
+    for name in cases:
+        if name == "full size":
+            results, session = full_size()
+        else:
+            results, session = everything((way, name.split("/")))
+        found |= {f"{name}: {key}": value for key, value in results.items()}
+    if session.place.rank == 0:
+        np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
