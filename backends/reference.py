@@ -16,7 +16,21 @@ import numpy.typing as npt
 
 from portnet import philox
 from portnet.contract import INT8, Array, Backend, Ceilings, Device, LayerTime, Mode, Session, Settings, Trace, Weights
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, Recipe, ReLU
+from portnet.graph import (
+    LRN,
+    AdaptiveAvgPool,
+    Conv,
+    Dropout,
+    Flatten,
+    Graph,
+    Layer,
+    Linear,
+    MaxPool,
+    Pad,
+    Recipe,
+    ReLU,
+    SpatialLRN,
+)
 from portnet.hookspecs import hookimpl
 from portnet.host import processor
 from portnet.parity import Resolve
@@ -232,6 +246,8 @@ class ReferenceSession(Session):
                 return np.maximum(x, 0)
             case LRN():
                 return x * _lrn_base(x, layer) ** -layer.beta
+            case SpatialLRN():
+                return x * _spatial_base(x, layer) ** -layer.beta
             case MaxPool():
                 return _windows(x, layer).max(axis=0)
             case AdaptiveAvgPool():
@@ -288,6 +304,11 @@ class ReferenceSession(Session):
                 base = _lrn_base(x, layer)
                 inner = _across(g * x * base ** (-layer.beta - 1), layer, adjoint=True)
                 return g * base**-layer.beta - 2 * layer.alpha / layer.size * layer.beta * x * inner
+            case SpatialLRN():
+                base = _spatial_base(x, layer)
+                # A sum over positions around is its own adjoint.
+                inner = _around(g * x * base ** (-layer.beta - 1), layer.size)
+                return g * base**-layer.beta - 2 * layer.alpha / layer.size**2 * layer.beta * x * inner
             case MaxPool():
                 return _max_backward(x, y, g, layer, close if side else None)
             case AdaptiveAvgPool():
@@ -360,6 +381,18 @@ def _across(x: Array, layer: LRN, *, adjoint: bool = False) -> Array:
 
 def _lrn_base(x: Array, layer: LRN) -> Array:
     return layer.k + layer.alpha / layer.size * _across(x * x, layer)
+
+
+def _around(x: Array, size: int) -> Array:
+    """Sums over the `size` x `size` positions around each, zeros outside."""
+    for axis in (2, 3):
+        ends = [(size // 2, size // 2) if a == axis else (0, 0) for a in range(4)]
+        x = np.lib.stride_tricks.sliding_window_view(np.pad(x, ends), size, axis=axis).sum(axis=-1)
+    return x
+
+
+def _spatial_base(x: Array, layer: SpatialLRN) -> Array:
+    return layer.k + layer.alpha / layer.size**2 * _around(x * x, layer.size)
 
 
 def _windows(x: Array, layer: MaxPool) -> Array:

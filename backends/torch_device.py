@@ -22,7 +22,7 @@ from portnet.contract import (
     Unsupported,
     Weights,
 )
-from portnet.graph import LRN, Graph
+from portnet.graph import LRN, Graph, SpatialLRN
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -105,7 +105,7 @@ class TorchBackend(Backend):
     def open(self, graph: Graph, weights: Weights, settings: Settings) -> Session:
         self.check(settings)
         if (settings.precision, settings.formulation) == ("float16", "stock") and any(
-            isinstance(layer, LRN) for layer in graph.layers
+            isinstance(layer, LRN | SpatialLRN) for layer in graph.layers
         ):
             raise Unsupported(
                 "PyTorch's local_response_norm squares in float16, which overflows above 255; "

@@ -8,7 +8,6 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from inspect import signature
 from typing import Any
 
@@ -24,9 +23,6 @@ from portnet.errors import InputError, Unavailable, Unsupported
 from portnet.graph import Dropout, Graph
 from portnet_backends import torch_philox
 from portnet_backends.torch_session import TorchSession, layer_module
-
-PATIENCE, CONNECT = timedelta(minutes=30), timedelta(seconds=30)
-"""How long the others are waited for, some of which may still read their data; and for a connection to them."""
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -53,26 +49,12 @@ def join(device_type: str, collectives: str) -> None:
             raise Unavailable(f"process {local} of this machine has no device: torch finds {count}", "start fewer")
         torch.accelerator.set_device_index(local)
         device = torch.device(device_type, local)
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store.set_timeout(PATIENCE)
-    if collectives == "gloo":
-        # Gloo may wait for a connection that does not come, for as long as for any operation. So it connects once all
-        # processes are there, and if it has not after a while, this fails and torchrun starts them anew.
-        _meet(store, size)
-        store.set_timeout(CONNECT)
-        dist.init_process_group(collectives, store=store, rank=rank, world_size=size, timeout=CONNECT)
-        store.set_timeout(PATIENCE)
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
-    else:
-        dist.init_process_group(collectives, store=store, rank=rank, world_size=size, device_id=device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart (seen with torch 2.13), and in it the addresses of processes that are gone:
+    # Gloo would wait for them.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(collectives, store=store, rank=rank, world_size=size, device_id=device)
     atexit.register(_leave)
-
-
-def _meet(store: dist.Store, size: int) -> None:
-    """Return when all processes have called this."""
-    if store.add("arrived", 1) == size:
-        store.set("all here", "yes")
-    store.wait(["all here"])
 
 
 def _leave() -> None:

@@ -16,7 +16,21 @@ from torch.nn import functional as F
 
 from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
 from portnet.errors import InputError, PortNetError
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, Recipe, ReLU
+from portnet.graph import (
+    LRN,
+    AdaptiveAvgPool,
+    Conv,
+    Dropout,
+    Flatten,
+    Graph,
+    Layer,
+    Linear,
+    MaxPool,
+    Pad,
+    Recipe,
+    ReLU,
+    SpatialLRN,
+)
 from portnet_backends import torch_philox
 
 DTYPES = {
@@ -101,6 +115,56 @@ class LocalResponseNorm(nn.Module):
         if self.traced:
             return _sum_across_channels(x, self.layer, self.band.dtype)
         return _AcrossChannels.apply(x, self.band, self.layer.groups, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return repr(self.layer)
+
+
+class _WithinMaps(torch.autograd.Function):
+    """LRN within maps; like `_AcrossChannels`, with averages over positions around in place of the band."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: SpatialLRN) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        factor = _around(wide * wide, layer).mul_(layer.alpha).add_(layer.k).pow_(-layer.beta)
+        ctx.save_for_backward(x, factor)
+        ctx.layer = layer
+        return (wide * factor).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, factor = ctx.saved_tensors
+        layer = ctx.layer
+        wide, g = x.to(factor.dtype), g.to(factor.dtype)
+        outer = g * factor
+        # An average over positions around is its own adjoint.
+        around = _around(outer * wide * factor.pow(1 / layer.beta), layer)
+        return (outer - (2 * layer.beta * layer.alpha) * wide * around).to(x.dtype), None
+
+
+def _around(x: Tensor, layer: SpatialLRN) -> Tensor:
+    """Averages over the positions around each, zeros outside counted."""
+    return F.avg_pool2d(x, layer.size, stride=1, padding=layer.size // 2)
+
+
+class SpatialResponseNorm(nn.Module):
+    """LRN within each map; see `portnet.graph.SpatialLRN` for the formula.
+
+    `stock` computes in whatever precision it is given, `traced` is for compilers.
+    """
+
+    def __init__(self, layer: SpatialLRN, *, stock: bool, traced: bool = False) -> None:
+        super().__init__()
+        self.layer, self.stock, self.traced = layer, stock, traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.stock or self.traced):
+            return _WithinMaps.apply(x, self.layer)  # type: ignore[no-any-return, no-untyped-call]
+        wide = x if self.stock else x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (self.layer.k + self.layer.alpha * _around(wide * wide, self.layer)) ** -self.layer.beta).to(
+            x.dtype
+        )
 
     def extra_repr(self) -> str:
         return repr(self.layer)
@@ -192,6 +256,8 @@ def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool)
             return nn.ReLU()
         case LRN():
             return LocalResponseNorm(layer, channels, stock=formulation == "stock", traced=traced)
+        case SpatialLRN():
+            return SpatialResponseNorm(layer, stock=formulation == "stock", traced=traced)
         case MaxPool():
             return nn.MaxPool2d(layer.kernel, layer.stride)
         case AdaptiveAvgPool():

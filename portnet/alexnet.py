@@ -29,11 +29,15 @@ from portnet.graph import (
     Recipe,
     ReLU,
     Shape,
+    SpatialLRN,
     Uniform,
 )
 
 # Channel means of ImageNet's pictures on the 0-255 scale [2].
 IMAGENET_MEAN = (127.305, 119.715, 104.913)
+
+# As logged in the 2012 code's run [C]: 0.001 at epoch 25, 1e-4 at 51, "smaller" from 67, for which a tenth stands here.
+LOGGED = Milestones(at=(25, 51, 67))
 
 
 def paper2012(*, image_size: int = 224, classes: int = 1000, dropout: float = 0.5, bias: float = 1.0) -> Graph:
@@ -77,6 +81,89 @@ def paper2012(*, image_size: int = 224, classes: int = 1000, dropout: float = 0.
             Linear(name="fc8", in_features=4096, out_features=classes, bias_init=zero),
         ],
         Recipe(learning_rate=0.01, momentum=0.9, weight_decay=5e-4, batch=128, epochs=90, schedule=Plateau()),
+        Normalisation(mean=IMAGENET_MEAN),
+    )
+
+
+def chm145(*, image_size: int = 224, classes: int = 1000, dropout: float = 0.5, bias: float = 1.0) -> Graph:
+    """What the released 2012 code ran [C], ``layers-145.cfg``: as the paper's network, but for what follows.
+
+    In layer 1 the pool comes before the ReLU, and so it does in layer 5; layer 2 is normalised once more, within each
+    map; LRN divides alpha by its window; conv3 to conv5 start at a deviation of 0.03; biases learn twice as fast.
+    """
+    pad = (11 - image_size) % 4
+    towers, k, alpha = 2, 2.0, 1e-4
+    wide, zero, one = Normal(std=0.03), Constant(value=0.0), Constant(value=bias)
+    return _graph(
+        "chm145",
+        image_size,
+        [
+            *([Pad(name="pad", right=pad, bottom=pad)] if pad else []),
+            Conv(name="conv1", in_channels=3, out_channels=96, kernel=11, stride=4, bias_init=zero),
+            LRN(name="norm1", alpha=alpha, k=k, groups=towers),
+            MaxPool(name="pool1"),
+            ReLU(name="relu1"),
+            Conv(name="conv2", in_channels=96, out_channels=256, kernel=5, padding=2, groups=2, bias_init=one),
+            ReLU(name="relu2"),
+            LRN(name="norm2", alpha=alpha, k=k, groups=towers),
+            SpatialLRN(name="mapnorm2", alpha=0.001),
+            MaxPool(name="pool2"),
+            Conv(
+                name="conv3",
+                in_channels=256,
+                out_channels=384,
+                kernel=3,
+                padding=1,
+                weight_init=wide,
+                bias_init=zero,
+            ),
+            ReLU(name="relu3"),
+            Conv(
+                name="conv4",
+                in_channels=384,
+                out_channels=384,
+                kernel=3,
+                padding=1,
+                groups=2,
+                weight_init=wide,
+                bias_init=one,
+            ),
+            ReLU(name="relu4"),
+            Conv(
+                name="conv5",
+                in_channels=384,
+                out_channels=256,
+                kernel=3,
+                padding=1,
+                groups=2,
+                weight_init=wide,
+                bias_init=one,
+            ),
+            MaxPool(name="pool5"),
+            ReLU(name="relu5"),
+            Flatten(name="flatten"),
+        ],
+        lambda features: [
+            Linear(name="fc6", in_features=features, out_features=4096, bias_init=one),
+            ReLU(name="relu6"),
+            Dropout(name="drop6", p=dropout),
+            Linear(name="fc7", in_features=4096, out_features=4096, bias_init=one),
+            ReLU(name="relu7"),
+            Dropout(name="drop7", p=dropout),
+            Linear(name="fc8", in_features=4096, out_features=classes, bias_init=zero),
+        ],
+        # The log says that conv1 was frozen near the end, and that the rate was "smaller" from epoch 67: one reading.
+        Recipe(
+            learning_rate=0.01,
+            momentum=0.9,
+            weight_decay=5e-4,
+            bias_rate=2.0,
+            batch=128,
+            epochs=90,
+            schedule=LOGGED,
+            freeze=("conv1",),
+            freeze_from=67,
+        ),
         Normalisation(mean=IMAGENET_MEAN),
     )
 
@@ -192,12 +279,10 @@ def torchvision(*, image_size: int = 224, classes: int = 1000, dropout: float = 
     )
 
 
-# As logged in the 2012 code's run [C]: 0.001 at epoch 25, 1e-4 at 51, "smaller" from 67, for which a tenth stands here.
-LOGGED = Milestones(at=(25, 51, 67))
 SCHEDULES: dict[str, Plateau | Milestones | None] = {"plateau": Plateau(), "logged": LOGGED, "constant": None}
 """Schedules of the learning rate to put in place of a preset's own."""
 
-PRESETS: dict[str, Callable[..., Graph]] = {f.__name__: f for f in (paper2012, caffe, torchvision)}
+PRESETS: dict[str, Callable[..., Graph]] = {f.__name__: f for f in (paper2012, chm145, caffe, torchvision)}
 
 
 def graph(preset: str = "paper2012", *, mean: Sequence[float] | None = None, **options: float) -> Graph:

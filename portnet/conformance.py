@@ -16,7 +16,20 @@ import numpy as np
 from portnet import alexnet, clock, parity, philox, plugins
 from portnet.contract import PRECISIONS, Backend, Session, Settings, Unsupported
 from portnet.errors import PortNetError
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, ReLU
+from portnet.graph import (
+    LRN,
+    AdaptiveAvgPool,
+    Conv,
+    Dropout,
+    Flatten,
+    Graph,
+    Layer,
+    Linear,
+    MaxPool,
+    Pad,
+    ReLU,
+    SpatialLRN,
+)
 
 
 class ConformanceError(PortNetError, AssertionError):
@@ -48,6 +61,7 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
     "relu": (ReLU(name="x"),),
     "lrn over all channels": (LRN(name="x", alpha=1e-4, k=1.0),),
     "lrn per tower": (LRN(name="x", alpha=5e-4, k=2.0, groups=2),),
+    "lrn within maps": (SpatialLRN(name="x", alpha=1e-3),),
     "max pool, overlapping": (MaxPool(name="x"),),
     "max pool, rounded down": (MaxPool(name="x", kernel=2, stride=3),),
     "adaptive average pool": (AdaptiveAvgPool(name="x", size=6),),

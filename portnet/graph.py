@@ -200,6 +200,30 @@ class LRN(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpatialLRN(Layer):
+    """Response normalisation within each map: over the `size` x `size` positions around, in the same channel.
+
+    ``y = x / (k + alpha / size^2 * sum(x^2 over the positions around, 0 outside))^beta``: cuda-convnet's ``rnorm``,
+    which Caffe calls LRN within channels. `size` is odd.
+    """
+
+    size: int = 5
+    alpha: float
+    beta: float = 0.75
+    k: float = 1.0
+
+    def output(self, shape: Shape) -> Shape:
+        _spatial(self, shape)
+        if self.size % 2 == 0:
+            raise InputError(f"{self.name} needs an odd neighbourhood, got {self.size}")
+        return shape
+
+    @property
+    def moves(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaxPool(Layer):
     """Maximum over square windows; sizes are rounded down. Ties go to the first position in row-major order."""
 

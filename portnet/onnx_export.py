@@ -18,7 +18,20 @@ import numpy.typing as npt
 from portnet.contract import Weights
 from portnet.errors import InputError, Unsupported, WeightsError
 from portnet.files import write_atomically
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU, Step
+from portnet.graph import (
+    LRN,
+    AdaptiveAvgPool,
+    Conv,
+    Dropout,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Pad,
+    ReLU,
+    SpatialLRN,
+    Step,
+)
 from portnet.images import input_size, square_size
 from portnet.weights import digest
 
@@ -285,6 +298,8 @@ class _Body:
                 self.node("Relu", [x], y)
             case LRN() as lrn:
                 self._lrn(lrn, shape[0], x, y)
+            case SpatialLRN() as lrn:
+                self._spatial(lrn, x, y)
             case MaxPool(kernel=kernel, stride=stride):
                 self.node("MaxPool", [x], y, kernel_shape=[kernel] * 2, strides=[stride] * 2)
             case AdaptiveAvgPool(size=size) as pool:
@@ -322,6 +337,25 @@ class _Body:
             self.node("LRN", [x], y, **settings)
         else:
             self._towers(lrn, channels, x, y, **settings)
+        if self.half:
+            self.node("Cast", [y], narrow, to=10)  # TensorProto.FLOAT16
+
+    def _spatial(self, lrn: SpatialLRN, x: str, y: str) -> None:
+        name = lrn.name
+        if self.half:
+            x, narrow = self.node("Cast", [x], f"{name}.wide", to=1), y  # TensorProto.FLOAT
+            y = f"{name}.scaled"
+        alpha, k, power = (
+            self.constant(f"{name}.{kind}", np.array(value, np.float32), wide=True)
+            for kind, value in (("alpha", lrn.alpha), ("k", lrn.k), ("power", -lrn.beta))
+        )
+        around = {"kernel_shape": [lrn.size] * 2, "strides": [1, 1], "pads": [lrn.size // 2] * 4}
+        self.node("Mul", [x, x], f"{name}.squares")
+        self.node("AveragePool", [f"{name}.squares"], f"{name}.averages", count_include_pad=1, **around)
+        self.node("Mul", [f"{name}.averages", alpha], f"{name}.moved")
+        self.node("Add", [f"{name}.moved", k], f"{name}.base")
+        self.node("Pow", [f"{name}.base", power], f"{name}.factor")
+        self.node("Mul", [x, f"{name}.factor"], y)
         if self.half:
             self.node("Cast", [y], narrow, to=10)  # TensorProto.FLOAT16
 

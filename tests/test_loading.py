@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import portnet
-from portnet import images, training
-from portnet.contract import Place, normalised
+from portnet import images, plugins, training, weights
+from portnet.contract import Place, Settings, normalised
 from portnet.errors import InputError, PictureError, PortNetError
-from portnet.graph import Normalisation
+from portnet.graph import Flatten, Graph, Linear, Normalisation
 from portnet.images import DataSet
 from portnet.loading import Loader
 
@@ -126,8 +126,13 @@ def test_a_batchs_images_are_what_was_specified(data):
 
 def test_the_device_makes_the_same_of_pixels(data):
     batch = next(images.training_batches(data, GRAPH, seed=1, epoch=0, batch=4))
-    for backend in ("reference", "cpu"):
-        session = portnet.AlexNet(backend, "torchvision", classes=4).session
+    small = Graph(
+        preset="small",
+        input=(3, 224, 224),
+        layers=(Flatten(name="f"), Linear(name="fc", in_features=3 * 224**2, out_features=4)),
+    )
+    for name in ("reference", "cpu"):
+        session = plugins.backends()[name].open(small, weights.initial(small), Settings())
         made = session.get(session.put_pixels(batch.pixels, batch.shift, batch.scale))
         np.testing.assert_array_equal(made, normalised(batch.pixels, batch.shift, batch.scale))
 
