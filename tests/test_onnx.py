@@ -28,6 +28,7 @@ from portnet.graph import (
     Normalisation,
     Pad,
     ReLU,
+    SpatialLRN,
 )
 from portnet.onnx_export import export, lower
 from portnet.weights import digest
@@ -61,6 +62,17 @@ def lrn_by_formula(x, layer):
     return out
 
 
+def spatial_lrn_by_formula(x, layer):
+    """The sum written out, position by position, inside each map."""
+    out, reach = np.empty_like(x), layer.size // 2
+    for i in range(x.shape[2]):
+        for j in range(x.shape[3]):
+            window = x[:, :, max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
+            total = (window**2).sum(axis=(2, 3))
+            out[:, :, i, j] = x[:, :, i, j] / (layer.k + layer.alpha / layer.size**2 * total) ** layer.beta
+    return out
+
+
 def by_layer(graph, weights, images):
     """Every layer's output in float64, by torch's functions and the formula of LRN."""
     x, out = torch.from_numpy(images).double(), {}
@@ -80,6 +92,8 @@ def by_layer(graph, weights, images):
                 x = F.relu(x)
             case LRN():
                 x = torch.from_numpy(lrn_by_formula(x.numpy(), layer))
+            case SpatialLRN():
+                x = torch.from_numpy(spatial_lrn_by_formula(x.numpy(), layer))
             case MaxPool():
                 x = F.max_pool2d(x, layer.kernel, layer.stride)
             case AdaptiveAvgPool():
@@ -88,6 +102,8 @@ def by_layer(graph, weights, images):
                 x = x.flatten(1)
             case Dropout():
                 x = x if layer.inverted else x * (1 - layer.p)
+            case _:
+                raise TypeError(type(layer).__name__)
         out[name] = x.numpy()
     return out
 

@@ -21,6 +21,7 @@ from portnet.graph import (
     Pad,
     Recipe,
     ReLU,
+    SpatialLRN,
 )
 from portnet.parity import Resolve
 from portnet_backends.cpu import Cpu
@@ -77,6 +78,8 @@ MIDDLES = {
     "lrn of one channel": [LRN(name="x", alpha=1.0, k=1.0, size=1)],
     "lrn over an even window": [LRN(name="x", alpha=2.0, k=1.0, size=4)],
     "lrn over an even window per tower": [LRN(name="x", alpha=2.0, k=1.0, size=2, groups=2)],
+    "lrn within maps": [SpatialLRN(name="x", alpha=2.0)],
+    "lrn within maps of another exponent and window": [SpatialLRN(name="x", alpha=1.0, k=2.0, size=3, beta=0.5)],
     "pool, overlapping and exact": [MaxPool(name="x", kernel=3, stride=2)],
     "pool, one row left over": [MaxPool(name="x", kernel=2, stride=2)],
     "pool, dense": [MaxPool(name="x", kernel=2, stride=1)],
@@ -143,6 +146,11 @@ def by_torch(layer: Layer, x, parameters):
             return torch.cat(
                 [F.local_response_norm(t, layer.size, layer.alpha, layer.beta, layer.k) for t in towers], 1
             )
+        case SpatialLRN():
+            # As a convolution of every map with ones.
+            ones = torch.ones(x.shape[1], 1, layer.size, layer.size, dtype=x.dtype)
+            around = F.conv2d(x**2, ones, padding=layer.size // 2, groups=x.shape[1])
+            return x / (layer.k + layer.alpha / layer.size**2 * around) ** layer.beta
         case MaxPool():
             return F.max_pool2d(x, layer.kernel, layer.stride)
         case AdaptiveAvgPool():

@@ -9,11 +9,31 @@ from torch.nn import functional as F
 
 from portnet import alexnet
 from portnet.contract import Settings, Unsupported
-from portnet.graph import LRN, AdaptiveAvgPool, Conv, Dropout, Flatten, Graph, Layer, Linear, MaxPool, Pad, Recipe, ReLU
+from portnet.graph import (
+    LRN,
+    AdaptiveAvgPool,
+    Conv,
+    Dropout,
+    Flatten,
+    Graph,
+    Layer,
+    Linear,
+    MaxPool,
+    Pad,
+    Recipe,
+    ReLU,
+    SpatialLRN,
+)
 from portnet_backends import torch_session
 from portnet_backends.cpu import Cpu
 from portnet_backends.reference import Reference
-from portnet_backends.torch_session import LocalResponseNorm, MaskedDropout, Network, fp32_precision
+from portnet_backends.torch_session import (
+    LocalResponseNorm,
+    MaskedDropout,
+    Network,
+    SpatialResponseNorm,
+    fp32_precision,
+)
 
 GRAPH = Graph(
     preset="tiny",
@@ -110,6 +130,34 @@ def test_lrn_is_torchs_within_each_tower(layer):
         (gradient,) = torch.autograd.grad(y, x, g)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
+
+
+WITHIN = pytest.mark.parametrize(
+    "layer", [SpatialLRN(name="n", alpha=2.0), SpatialLRN(name="n", alpha=1.0, k=2.0, size=3, beta=0.5)]
+)
+
+
+@WITHIN
+def test_lrn_within_maps_and_its_gradient(layer):
+    """Against the formula by a convolution with ones, of which autograd makes the gradient."""
+    x, g = (random_map(seed, (2, 3, 7, 6)) for seed in (0, 1))
+    assert torch.autograd.gradcheck(SpatialResponseNorm(layer, stock=False), x)
+    around = F.conv2d(x**2, torch.ones(3, 1, layer.size, layer.size).double(), padding=layer.size // 2, groups=3)
+    expected = x / (layer.k + layer.alpha / layer.size**2 * around) ** layer.beta
+    (expected_gradient,) = torch.autograd.grad(expected, x, g.detach(), retain_graph=True)
+    for how in ({"stock": False}, {"stock": True}, {"stock": False, "traced": True}):
+        y = SpatialResponseNorm(layer, **how)(x)
+        (gradient,) = torch.autograd.grad(y, x, g.detach())
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_lrn_within_maps_squares_in_float32():
+    """300 squared is beyond float16."""
+    x = torch.full((1, 1, 5, 5), 300.0, dtype=torch.float16)
+    y = SpatialResponseNorm(SpatialLRN(name="n", alpha=1e-3), stock=False)(x)
+    assert y.dtype == torch.float16
+    assert y[0, 0, 2, 2].item() == pytest.approx(300 / (1 + 1e-3 * 300**2) ** 0.75, rel=1e-3)
 
 
 def test_towers_are_not_merged():
