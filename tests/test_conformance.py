@@ -5,6 +5,7 @@ available fails.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 from fakes import FakeAsyncSession, FakeBackend, FakeNoOpSession, FakeStaleSession, change, change_recipe
@@ -45,16 +46,17 @@ def test_baselines_of_every_precision_lie_within_their_own_gate():
         assert parity.judge(expected, session, train=True).passed, precision
 
 
-def verdict(tamper, precision="float32"):
-    case = parity.Case(alexnet.graph("paper2012", image_size=67, classes=100))
+def verdict(tamper, precision="float32", preset="paper2012"):
+    case = parity.Case(alexnet.graph(preset, image_size=67, classes=100))
     expected = parity.expect(case, REFERENCE, precision)
     backend = FakeBackend(tamper=tamper, precision=precision)
     session = backend.open(case.gated, case.weights, case.settings(precision))
     return parity.judge(expected, session, train=True)
 
 
-def test_an_untampered_fake_passes():
-    assert verdict(lambda graph: graph).passed
+@pytest.mark.parametrize("preset", ["paper2012", "chm145"])
+def test_an_untampered_fake_passes(preset):
+    assert verdict(lambda graph: graph, preset=preset).passed
 
 
 # MEASURING.md asks that a mistake exceed the gate by far, not by luck.
@@ -80,6 +82,33 @@ def test_a_mistake_is_caught(tamper, where, least):
     assert not found.passed
     share = max(f.share for f in found.findings if where in f.what)
     assert share > least
+
+
+def swap(one, other):
+    """Two layers that change places."""
+
+    def tampered(graph):
+        layers = {layer.name: layer for layer in graph.layers}
+        order = [{one: other, other: one}.get(layer.name, layer.name) for layer in graph.layers]
+        return replace(graph, layers=tuple(layers[name] for name in order))
+
+    return tampered
+
+
+@pytest.mark.parametrize(
+    ("tamper", "where", "least"),
+    [
+        pytest.param(change("mapnorm2", alpha=0.001 * 25), "mapnorm2", 100, id="alpha not divided by the area"),
+        pytest.param(change("mapnorm2", size=3), "mapnorm2", 100, id="another neighbourhood"),
+        pytest.param(change("norm1", alpha=5e-4), "norm1", 100, id="the paper's alpha"),
+        pytest.param(swap("norm1", "pool1"), "norm1", 100, id="pool before LRN"),
+        pytest.param(change_recipe(bias_rate=1.0), "updated", 20, id="the paper's bias rate"),
+    ],
+)
+def test_a_mistake_in_what_the_released_code_ran_is_caught(tamper, where, least):
+    found = verdict(tamper, preset="chm145")
+    assert not found.passed
+    assert max(f.share for f in found.findings if where in f.what) > least
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])

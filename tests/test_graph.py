@@ -22,6 +22,7 @@ from portnet.graph import (
     Pad,
     Recipe,
     ReLU,
+    SpatialLRN,
     Step,
     Uniform,
 )
@@ -92,6 +93,8 @@ def test_layer_by_layer(preset):
     [
         ("paper2012", 224, (55, 27, 13, 6)),
         ("paper2012", 227, (55, 27, 13, 6)),
+        ("chm145", 224, (55, 27, 13, 6)),
+        ("chm145", 227, (55, 27, 13, 6)),
         ("caffe", 227, (55, 27, 13, 6)),
         ("caffe", 224, (54, 26, 12, 5)),  # what 224 gives without the zeros that the 2012 code read outside
         ("torchvision", 224, (55, 27, 13, 6)),
@@ -107,9 +110,10 @@ def test_shapes_at_224_and_227(preset, image_size, sides):
     assert found["fc6"].layer.in_features == 256 * sides[-1] ** 2
 
 
+@pytest.mark.parametrize("preset", ["paper2012", "chm145"])
 @pytest.mark.parametrize(("image_size", "zeros"), [(224, 3), (225, 2), (226, 1), (227, 0), (228, 3)])
-def test_the_paper_reads_zeros_outside_on_the_right_and_at_the_bottom(image_size, zeros):
-    graph = alexnet.graph("paper2012", image_size=image_size)
+def test_the_paper_reads_zeros_outside_on_the_right_and_at_the_bottom(preset, image_size, zeros):
+    graph = alexnet.graph(preset, image_size=image_size)
     first = graph.layers[0]
     if zeros:
         assert first == Pad(name="pad", right=zeros, bottom=zeros)
@@ -134,7 +138,9 @@ def _size(shape):
     return size
 
 
-@pytest.mark.parametrize(("preset", "smallest"), [("paper2012", 64), ("caffe", 67), ("torchvision", 63)])
+@pytest.mark.parametrize(
+    ("preset", "smallest"), [("paper2012", 64), ("chm145", 64), ("caffe", 67), ("torchvision", 63)]
+)
 def test_the_smallest_image(preset, smallest):
     graph = alexnet.graph(preset, image_size=smallest)
     assert steps(graph)["pool5"].output == (256, 1, 1)
@@ -161,7 +167,7 @@ def test_towers():
         return {layer.name: layer.groups for layer in alexnet.graph(preset).layers if isinstance(layer, Conv | LRN)}
 
     convolutions = {"conv1": 1, "conv2": 2, "conv3": 1, "conv4": 2, "conv5": 2}
-    assert groups("paper2012") == convolutions | {"norm1": 2, "norm2": 2}
+    assert groups("paper2012") == groups("chm145") == convolutions | {"norm1": 2, "norm2": 2}
     assert groups("caffe") == convolutions | {"norm1": 1, "norm2": 1}
     assert groups("torchvision") == dict.fromkeys(convolutions, 1)
 
@@ -172,8 +178,18 @@ def test_normalisation_constants():
         return {(v.size, v.alpha, v.beta, v.k) for v in layers if isinstance(v, LRN)}
 
     assert constants("paper2012") == {(5, 5e-4, 0.75, 2.0)}  # 1e-4 by the paper's formula, which does not divide by 5
+    assert constants("chm145") == {(5, 1e-4, 0.75, 2.0)}  # the code did divide
     assert constants("caffe") == {(5, 1e-4, 0.75, 1.0)}
     assert constants("torchvision") == set()
+
+
+def test_normalisation_within_maps_is_of_the_released_code_alone():
+    found = {
+        preset: [layer for layer in alexnet.graph(preset).layers if isinstance(layer, SpatialLRN)] for preset in TABLES
+    }
+    # The code's scale, 0.001 / 25, is alpha over the area.
+    only = SpatialLRN(name="mapnorm2", size=5, alpha=0.001, beta=0.75, k=1.0)
+    assert found == {"paper2012": [], "chm145": [only], "caffe": [], "torchvision": []}
 
 
 def test_order_of_layers():
@@ -183,6 +199,10 @@ def test_order_of_layers():
     features = "conv1 relu1 norm1 pool1 conv2 relu2 norm2 pool2 conv3 relu3 conv4 relu4 conv5 relu5 pool5 flatten"
     classifier = "fc6 relu6 drop6 fc7 relu7 drop7 fc8"
     assert names("paper2012") == f"pad {features} {classifier}"
+    assert names("chm145") == (
+        "pad conv1 norm1 pool1 relu1 conv2 relu2 norm2 mapnorm2 pool2 conv3 relu3 conv4 relu4 conv5 pool5 relu5 flatten "
+        f"{classifier}"
+    )
     assert names("caffe") == f"{features} {classifier}"
     assert names("torchvision") == (
         "conv1 relu1 pool1 conv2 relu2 pool2 conv3 relu3 conv4 relu4 conv5 relu5 pool5 avgpool flatten "
@@ -194,11 +214,8 @@ def test_dropout_scales():
     assert (Dropout(name="d", p=0.2).train_scale, Dropout(name="d", p=0.2).test_scale) == (1.0, 0.8)
     inverted = Dropout(name="d", p=0.2, inverted=True)
     assert (inverted.train_scale, inverted.test_scale) == (1.25, 1.0)
-    kinds = {
-        preset: {step.layer.inverted for step in alexnet.graph(preset).dropouts}
-        for preset in ("paper2012", "caffe", "torchvision")
-    }
-    assert kinds == {"paper2012": {False}, "caffe": {True}, "torchvision": {True}}
+    kinds = {preset: {step.layer.inverted for step in alexnet.graph(preset).dropouts} for preset in TABLES}
+    assert kinds == {"paper2012": {False}, "chm145": {False}, "caffe": {True}, "torchvision": {True}}
     assert [step.layer.name for step in alexnet.graph("paper2012").dropouts] == ["drop6", "drop7"]
 
 
@@ -208,6 +225,7 @@ def test_recipes():
         return recipe.momentum, recipe.coefficients("fc6.weight", 0.1), recipe.coefficients("fc6.bias", 0.1)
 
     assert coefficients("paper2012") == (0.9, (0.1, 5e-4), (0.1, 0.0))
+    assert coefficients("chm145") == (0.9, (0.1, 5e-4), (0.2, 0.0))
     assert coefficients("caffe") == (0.9, (0.1, 5e-4), (0.2, 0.0))
     assert coefficients("torchvision") == (0.9, (0.1, 1e-4), (0.1, 1e-4))
     assert Recipe(bias_decay=0.5).coefficients("conv1.bias", 1.0) == (1.0, 2.5e-4)
@@ -216,7 +234,8 @@ def test_recipes():
 
 
 def test_means():
-    assert alexnet.graph("paper2012").normalisation == Normalisation(mean=(127.305, 119.715, 104.913))
+    for preset in ("paper2012", "chm145", "caffe"):
+        assert alexnet.graph(preset).normalisation == Normalisation(mean=(127.305, 119.715, 104.913))
     theirs = alexnet.graph("torchvision").normalisation
     assert theirs.mean == pytest.approx((123.675, 116.28, 103.53))
     assert theirs.scale == pytest.approx((58.395, 57.12, 57.375))
@@ -265,6 +284,7 @@ def test_cost_of_a_product():
     [
         (MaxPool(name="p"), (2, 3, 3)),
         (LRN(name="n", alpha=1.0, k=1.0), (2, 7, 7)),
+        (SpatialLRN(name="n", alpha=1.0), (2, 7, 7)),
         (AdaptiveAvgPool(name="a", size=2), (2, 2, 2)),
     ],
 )
@@ -327,11 +347,12 @@ def test_mean_keeps_the_scale():
 
 
 def test_bias_and_dropout_reach_the_layers():
-    layers = {layer.name: layer for layer in alexnet.graph("paper2012", bias=0.25, dropout=0).layers}
     ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
-    for name in PAPER:
-        assert layers[name].bias_init == Constant(value=0.25 if name in ones else 0.0)
-    assert (layers["drop6"].p, layers["drop7"].p) == (0, 0)
+    for preset in ("paper2012", "chm145"):
+        layers = {layer.name: layer for layer in alexnet.graph(preset, bias=0.25, dropout=0).layers}
+        for name in PAPER:
+            assert layers[name].bias_init == Constant(value=0.25 if name in ones else 0.0)
+        assert (layers["drop6"].p, layers["drop7"].p) == (0, 0)
     layers = {layer.name: layer for layer in alexnet.graph("caffe", bias=1).layers}
     assert {name for name in PAPER if layers[name].bias_init.value == 1} == ones
     layers = {layer.name: layer for layer in alexnet.graph("torchvision", dropout=0.1).layers}
@@ -411,6 +432,7 @@ def test_layers_and_graphs_are_frozen_and_named():
         Linear(name="a", in_features=1, out_features=1),
         ReLU(name="a"),
         LRN(name="a", alpha=1.0, k=1.0),
+        SpatialLRN(name="a", alpha=1.0),
         MaxPool(name="a"),
         AdaptiveAvgPool(name="a", size=1),
         Flatten(name="a"),
@@ -450,6 +472,8 @@ def test_names_are_unique():
         ([Flatten(name="f"), Linear(name="fc", in_features=3, out_features=1)], r"fc expects 3 features.*192"),
         ([Flatten(name="f"), MaxPool(name="p")], r"p needs an input of \(channels, height, width\), got \(192,\)"),
         ([LRN(name="n", alpha=1.0, k=1.0, groups=2)], "n cannot split 3 channels into 2 equal groups"),
+        ([SpatialLRN(name="n", alpha=1.0, size=4)], "n needs an odd neighbourhood, got 4"),
+        ([Flatten(name="f"), SpatialLRN(name="n", alpha=1.0)], r"n needs an input of \(channels, height, width\)"),
         ([Dropout(name="d", p=1.0)], "d: the dropout probability"),
     ],
 )
