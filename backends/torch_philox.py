@@ -1,4 +1,4 @@
-"""`portnet.philox`'s dropout masks drawn on a torch device: the same bits, from 64-bit integer products that wrap."""
+"""`portnet.philox`'s dropout masks drawn on a torch device: the same bits."""
 
 import torch
 from torch import Tensor

@@ -334,7 +334,8 @@ def without(names: Collection[str]) -> Iterator[None]:
 
 VELOCITY, LOSS_SCALE = "velocity.", "loss_scale"
 """How `Session.state` names the velocities, and the loss's scale in float16."""
-FIRST_SCALE, GROWTH = 1024.0, 2000
+GROWTH = 2000.0
+"""Steps without an overflow after which float16's loss is scaled by twice as much."""
 
 # What torch says of itself while compiling: that TF32 would be faster than the float32 asked for, and of its own
 # modules and how they look at tensors.
@@ -462,9 +463,10 @@ class TorchSession(Session):
         self.parameters = dict(self.module.named_parameters())
         self.velocity: dict[str, Tensor] = {}
         self.recipe = graph.recipe
-        # The factor on the loss, without which small gradients would vanish, and the steps since it last changed.
+        # The factor on the loss, without which small gradients would vanish; the steps since it last changed; and after
+        # how many without an overflow it is doubled.
         float16 = self.dtype == torch.float16
-        self.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=self.device) if float16 else None
+        self.loss_scale = torch.tensor([1.0, 0.0, 1.0], device=self.device) if float16 else None
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
@@ -702,13 +704,23 @@ class TorchSession(Session):
         """What makes an update of gradients, of which some may have overflowed, none at all then; and the next scale.
 
         The rule is the usual one (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2): half the
-        scale after an overflow, twice after `GROWTH` steps without. Nothing waits for the device to tell.
+        scale after an overflow, twice after `GROWTH` steps without. But it starts at 1, and is doubled at every step
+        until the first overflow: no step is lost to a scale that was too large to begin with. Nothing waits for the
+        device to tell.
         """
         finite = self._agreed(torch.stack([torch.isfinite(g).all() for g in gradients.values()]).all())
-        good = torch.where(finite, loss_scale[1] + 1, 0.0)
-        grown = torch.where(good == GROWTH, loss_scale[0] * 2, loss_scale[0])
-        scale = torch.where(finite, grown, loss_scale[0] / 2).clamp(1.0, 2.0**24)
-        loss_scale.copy_(torch.stack([scale, torch.where(good == GROWTH, 0.0, good)]))
+        scale, good, patience = loss_scale
+        good = torch.where(finite, good + 1, 0.0)
+        grows = good == patience
+        loss_scale.copy_(
+            torch.stack(
+                [
+                    torch.where(finite, torch.where(grows, scale * 2, scale), scale / 2).clamp(1.0, 2.0**24),
+                    torch.where(grows, 0.0, good),
+                    torch.where(finite, patience, GROWTH),
+                ]
+            )
+        )
         kept = {name: torch.where(finite, g, 0.0) for name, g in gradients.items()}
         momentum = torch.where(finite, self.recipe.momentum, 1.0)
         return kept, torch.where(finite, rate, 0.0), momentum, finite.to(rate.dtype)

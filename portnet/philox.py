@@ -5,7 +5,8 @@ is ``(block, index, step, stream)``: `index` is an image's id in its data set or
 training step or epoch, `stream` what the numbers are for. So no choice depends on a batch's make-up, on the number of
 workers, or on a device's own generator.
 
-`rounds` uses only ``* ^ & >>`` on 64-bit integers that wrap, so NumPy and torch arrays both pass through it.
+`rounds` uses only ``* + ^ & >>`` on 64-bit integers, of which none overflows, so NumPy and torch arrays both pass
+through it, and compilers, which may take a signed product not to overflow, leave it as it is.
 """
 
 from enum import IntEnum
@@ -18,7 +19,7 @@ U32 = npt.NDArray[np.uint32]
 F64 = npt.NDArray[np.float64]
 
 _LOW = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
@@ -46,8 +47,9 @@ def rounds(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
+        # With 2^32 less in the multiplier the product stays within 64 bits; its high word then lacks the factor.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
+        c0, c1, c2, c3 = (p1 >> 32) + c2 ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) + c0 ^ c3 ^ k1, p0 & _LOW
         k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
     return c0, c1, c2, c3
 
@@ -56,7 +58,6 @@ def words(seed: int, stream: int, index: npt.ArrayLike, step: int, count: int, *
     """`count` random 32-bit words for each index: uint32, shape ``(len(index), count)``."""
     ids = np.atleast_1d(np.asarray(index, np.int64))[:, None]
     block = np.arange(first_block, first_block - (-count // 4), dtype=np.int64)[None, :]
-    # An array, not a scalar, so that its first product wraps in silence as the others do.
     out = rounds((block, ids, np.full((1, 1), step, np.int64), np.full((1, 1), stream, np.int64)), key(seed))
     stacked = np.stack(np.broadcast_arrays(*out), axis=-1).astype(np.uint32)
     return stacked.reshape(len(ids), 4 * block.size)[:, :count]

@@ -367,7 +367,7 @@ def test_rungs_are_convolutions():
     x = torch.randn(2, 4, 11, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for formulation in ("unfold", "direct"):
         layer = Conv(name="c", in_channels=4, out_channels=6, kernel=3, stride=2, padding=1, groups=2)
-        rung = torch_session._module(layer, 4, formulation, traced=False).double()
+        rung = torch_session.layer_module(layer, 4, formulation, traced=False).double()
         y, expected = rung(x), F.conv2d(x, rung.weight, rung.bias, 2, 1, 1, 2)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
         wanted = [x, rung.weight, rung.bias]

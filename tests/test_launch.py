@@ -187,7 +187,7 @@ def test_when_the_parent_ends_nothing_is_left_running_and_every_record_is_whole(
     ) as process:
         # Until the first records are there, and then in the middle of something.
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("out/*.json")) and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("out/*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(rng.uniform(0.5, 3))
         children = _descendants(process.pid)

@@ -152,12 +152,34 @@ def test_lrn_within_maps_and_its_gradient(layer):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_lrn_within_maps_squares_in_float32():
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lrn_within_maps_squares_in_float32(dtype, traced):
     """300 squared is beyond float16."""
-    x = torch.full((1, 1, 5, 5), 300.0, dtype=torch.float16)
-    y = SpatialResponseNorm(SpatialLRN(name="n", alpha=1e-3), stock=False)(x)
-    assert y.dtype == torch.float16
-    assert y[0, 0, 2, 2].item() == pytest.approx(300 / (1 + 1e-3 * 300**2) ** 0.75, rel=1e-3)
+    x = torch.full((1, 1, 5, 5), 300.0, dtype=dtype, requires_grad=True)
+    y = SpatialResponseNorm(SpatialLRN(name="n", alpha=1e-3), stock=False, traced=traced)(x)
+    assert y.dtype == dtype
+    assert y[0, 0, 2, 2].item() == pytest.approx(300 / (1 + 1e-3 * 300**2) ** 0.75, rel=2**-8)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.dtype == dtype
+    assert torch.isfinite(gradient).all()
+
+
+def test_lrn_within_maps_keeps_its_input_and_one_factor():
+    x, kept = random_map(shape=(2, 3, 7, 6)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = SpatialResponseNorm(SpatialLRN(name="n", alpha=2.0), stock=False)(x)
+    assert [t.numel() for t in kept] == [x.numel()] * 2
+    assert x.data_ptr() in {t.data_ptr() for t in kept}
+    assert y.data_ptr() not in {t.data_ptr() for t in kept}
+
+
+def test_lrn_within_maps_refuses_a_second_derivative():
+    x = random_map()
+    y = SpatialResponseNorm(SpatialLRN(name="n", alpha=2.0), stock=False)(x)
+    (gradient,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_towers_are_not_merged():
@@ -461,8 +483,41 @@ def test_narrow_precisions_err_as_they_should(precision, formulation):
 def test_float16_and_the_stock_lrn():
     with pytest.raises(Unsupported, match=r"float16.*portable formulation"):
         session("float16", "stock")
+    within = Graph(preset="tiny", input=(3, 5, 5), layers=(SpatialLRN(name="n", alpha=1.0),))
+    with pytest.raises(Unsupported, match=r"float16.*portable formulation"):
+        session("float16", "stock", graph=within)
     plain = Graph(preset="tiny", input=(24,), layers=GRAPH.layers[10:])
     assert session("float16", "stock", graph=plain).infer(torch.ones(1, 24)).shape == (1, 5)
+
+
+def test_the_scale_of_the_loss_in_float16():
+    """It doubles at each step until gradients overflow; that step is none, and halves it; then it stays for long."""
+    s = session("float16")
+    for scale in (2.0, 4.0, 8.0):
+        train(s)
+        assert s.loss_scale.tolist() == [scale, 0.0, 1.0]
+    before = s.state()
+    images, labels = (s.put(a) for a in batch())
+    s.train_step(images * 1e4, labels, s.put(IDS), step=3, learning_rate=0.1)
+    assert s.loss_scale.tolist() == [4.0, 0.0, torch_session.GROWTH]
+    after = s.state()
+    assert same({k: v for k, v in before.items() if k != torch_session.LOSS_SCALE}, after)
+    train(s, first=4)
+    assert s.loss_scale.tolist() == [4.0, 1.0, torch_session.GROWTH]
+    assert not same(after, s.weights() | {k: v for k, v in after.items() if k.startswith(torch_session.VELOCITY)})
+    s.loss_scale[1] = torch_session.GROWTH - 1
+    train(s, first=5)
+    assert s.loss_scale.tolist() == [8.0, 0.0, torch_session.GROWTH]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_gradients_do_not_depend_on_the_scale_of_the_loss(scale):
+    images, labels = batch()
+    s, exact = session("float16"), session("float64")
+    s.loss_scale[0] = scale
+    found, expected = (one.trace(images, labels, one.masks(IDS, step=0)).gradients for one in (s, exact))
+    for name, value in expected.items():
+        assert np.linalg.norm(found[name] - value) <= 2**-7 * np.linalg.norm(value), name
 
 
 def test_what_the_processor_refuses():
