@@ -95,7 +95,7 @@ def test_every_preset_passes_in_int8(preset, backend):
     assert found.worst.error > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["paper2012", "caffe"])
+@pytest.mark.parametrize("preset", ["paper2012", "chm145", "caffe"])
 def test_a_wrong_network_does_not(preset):
     network = graph(preset)
     layers = (replace(x, alpha=x.alpha / 5) if isinstance(x, LRN) else x for x in network.layers)

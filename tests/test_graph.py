@@ -200,8 +200,8 @@ def test_order_of_layers():
     classifier = "fc6 relu6 drop6 fc7 relu7 drop7 fc8"
     assert names("paper2012") == f"pad {features} {classifier}"
     assert names("chm145") == (
-        "pad conv1 norm1 pool1 relu1 conv2 relu2 norm2 mapnorm2 pool2 conv3 relu3 conv4 relu4 conv5 pool5 relu5 flatten "
-        f"{classifier}"
+        "pad conv1 norm1 pool1 relu1 conv2 relu2 norm2 mapnorm2 pool2 conv3 relu3 conv4 relu4 conv5 pool5 relu5 "
+        f"flatten {classifier}"
     )
     assert names("caffe") == f"{features} {classifier}"
     assert names("torchvision") == (

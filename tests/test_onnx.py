@@ -203,6 +203,10 @@ ALONE = [
     (LRN(name="a", alpha=0.3, k=2.0, groups=2), (12, 3, 4)),
     (LRN(name="a", alpha=0.3, k=2.0, groups=4), (12, 3, 4)),
     (LRN(name="a", alpha=0.3, k=2.0, groups=3), (3, 3, 4)),
+    (SpatialLRN(name="a", alpha=0.3), (4, 7, 6)),
+    (SpatialLRN(name="a", alpha=0.3, size=3, beta=0.5, k=2.0), (4, 7, 6)),
+    (SpatialLRN(name="a", alpha=0.3), (4, 2, 3)),
+    (SpatialLRN(name="a", alpha=0.3, size=1), (4, 2, 3)),
     (MaxPool(name="a"), (3, 13, 13)),
     (MaxPool(name="a"), (3, 12, 14)),
     (MaxPool(name="a", kernel=2, stride=3), (3, 9, 7)),
@@ -361,7 +365,7 @@ def test_metadata_tell_a_program_in_another_language_how_to_fill_the_input():
     assert pictures["pictures"].startswith("scaled whole to 227x227")
 
 
-@pytest.mark.parametrize("preset", ["paper2012", "caffe", "torchvision"])
+@pytest.mark.parametrize("preset", sorted(alexnet.PRESETS))
 def test_pictures_are_prepared_in_the_file_to_the_bit_as_in_python(preset):
     """Scale and mean; of pictures cut to the network's size, as `preprocess` cuts them."""
     graph = small(preset)

@@ -154,14 +154,51 @@ def test_notes_of_another_program_are_kept_as_text(good, tmp_path):
     assert notes == {"seed": 7, "onnx.infer": "onnxruntime.quant", "deep": "[" * 100_000}
 
 
-@pytest.mark.parametrize("preset", ["paper2012", "caffe", "torchvision"])
-def test_every_preset_is_opened(preset, tmp_path):
+@pytest.mark.parametrize("preset", ["paper2012", "chm145", "caffe", "torchvision"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+def test_every_preset_is_opened(preset, half, tmp_path):
     graph = alexnet.graph(preset, image_size=67, classes=3, mean=(1.5, 2.0, 3.0))
     values = weights.initial(graph)
-    path = onnx_export.export(graph, values, tmp_path / "net.onnx", preprocess=True, opset=13)
+    path = onnx_export.export(graph, values, tmp_path / "net.onnx", preprocess=True, opset=13, half=half)
     file = onnx_file.read(path)
     assert file.graph == graph
+    assert file.half == half
     assert file.weights_digest == weights.digest(values)
+
+
+def test_normalisation_within_maps_is_checked_number_by_number(tmp_path):
+    graph = alexnet.graph("chm145", image_size=67, classes=3)
+    content = onnx_export.export(graph, weights.initial(graph), tmp_path / "net.onnx").read_bytes()
+
+    def opened(change):
+        (tmp_path / "net.onnx").write_bytes(changed(content, change))
+        return onnx_file.read(tmp_path / "net.onnx")
+
+    def constant(name, value):
+        def change(made):
+            (tensor,) = (t for t in made.graph.initializer if t.name == name)
+            tensor.CopyFrom(numpy_helper.from_array(np.array(value, np.float32), name))
+
+        return change
+
+    def attribute(name, *values):
+        def change(made):
+            (node,) = (n for n in made.graph.node if n.op_type == "AveragePool")
+            (found,) = (a for a in node.attribute if a.name == name)
+            found.CopyFrom(helper.make_attribute(name, values[0] if len(values) == 1 else values))
+
+        return change
+
+    assert opened(lambda made: None).graph == graph
+    assert opened(constant("mapnorm2.alpha", 0.001)).graph == graph
+    for name, value in (("alpha", 0.001 / 25), ("k", 2.0), ("power", -0.5)):
+        with pytest.raises(OnnxFileError, match=rf"mapnorm2\.{name} has other values") as caught:
+            opened(constant(f"mapnorm2.{name}", value))
+        assert caught.value.kind == "weights"
+    for name, *values in (("count_include_pad", 0), ("kernel_shape", 3, 3), ("pads", 4, 4, 0, 0)):
+        with pytest.raises(OnnxFileError, match=r"its node 'mapnorm2\.averages' is not as this version") as caught:
+            opened(attribute(name, *values))
+        assert caught.value.kind == "operators"
 
 
 @pytest.mark.parametrize("opset", [13, 18, 21, onnx.defs.onnx_opset_version()])

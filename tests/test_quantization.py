@@ -236,7 +236,7 @@ def test_half_a_file(net, tmp_path):
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
 
 
-@pytest.mark.parametrize("preset", ["paper2012", "caffe", "torchvision"])
+@pytest.mark.parametrize("preset", ["paper2012", "chm145", "caffe", "torchvision"])
 def test_every_preset_in_half(preset, tmp_path):
     """LRN keeps its squares in float32, where float16 would overflow."""
     net = portnet.AlexNet("cpu", preset, classes=10, image_size=67)

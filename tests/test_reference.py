@@ -80,6 +80,8 @@ MIDDLES = {
     "lrn over an even window per tower": [LRN(name="x", alpha=2.0, k=1.0, size=2, groups=2)],
     "lrn within maps": [SpatialLRN(name="x", alpha=2.0)],
     "lrn within maps of another exponent and window": [SpatialLRN(name="x", alpha=1.0, k=2.0, size=3, beta=0.5)],
+    "lrn of one position": [SpatialLRN(name="x", alpha=1.0, size=1)],
+    "lrn within maps smaller than its neighbourhood": [SpatialLRN(name="x", alpha=2.0, size=13)],
     "pool, overlapping and exact": [MaxPool(name="x", kernel=3, stride=2)],
     "pool, one row left over": [MaxPool(name="x", kernel=2, stride=2)],
     "pool, dense": [MaxPool(name="x", kernel=2, stride=1)],
@@ -103,6 +105,12 @@ MIDDLES = {
         LRN(name="norm", alpha=0.5, k=2.0, groups=2),
         MaxPool(name="pool"),
         Conv(name="y", in_channels=4, out_channels=4, kernel=3, padding=1, groups=2),
+        ReLU(name="z"),
+    ],
+    "as the released code ends a layer": [
+        LRN(name="norm", alpha=0.5, k=2.0, groups=2),
+        SpatialLRN(name="mapnorm", alpha=1.0),
+        MaxPool(name="pool"),
         ReLU(name="z"),
     ],
 }
@@ -177,6 +185,23 @@ def test_every_layer_against_torch(middle, shape):
         np.testing.assert_allclose(trace.layers[layer.name], x.numpy(), rtol=1e-12, atol=1e-13)
     np.testing.assert_array_equal(trace.logits, trace.layers["fc"])
     np.testing.assert_array_equal(s.infer(images), trace.logits)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_normalisation_within_maps_by_its_definition(size):
+    layer = SpatialLRN(name="norm", alpha=0.7, size=size, beta=0.6, k=1.5)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 6)) * 3
+    n, c, h, w = x.shape
+    expected = np.empty_like(x)
+    for i, j, a, b in np.ndindex(n, c, h, w):
+        total = 0.0
+        for row in range(a - size // 2, a + size // 2 + 1):
+            for column in range(b - size // 2, b + size // 2 + 1):
+                if 0 <= row < h and 0 <= column < w:
+                    total += x[i, j, row, column] ** 2
+        expected[i, j, a, b] = x[i, j, a, b] / (1.5 + 0.7 / size**2 * total) ** 0.6
+    found = session(chain(layer, shape=(c, h, w))).infer(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
 def test_loss_and_gradient_of_the_logits():

@@ -20,7 +20,7 @@ found = portnet.backends()
 ours = found["onnx-reference"]
 assert not [p for p in found.problems if p.distribution == "portnet-onnx-reference"], found.problems
 print(probe(ours).name)
-for preset in ("paper2012", "caffe", "torchvision"):
+for preset in ("paper2012", "chm145", "caffe", "torchvision"):
     graph = portnet.graph(preset, image_size=99, classes=10)
     random = np.random.default_rng(0)
     weights = {
