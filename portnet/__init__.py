@@ -15,13 +15,13 @@ from portnet.plugins import backends
 
 if TYPE_CHECKING:
     from portnet.errors import OnnxFileError, PortNetError
-    from portnet.images import load as load_data
     from portnet.images import preprocess
     from portnet.model import AlexNet, open_onnx
     from portnet.module_export import export_onnx
     from portnet.own_model import Model
     from portnet.plan import measure
     from portnet.quantization import quantize
+    from portnet.shards import load as load_data
 
 __all__ = [
     "AlexNet",
@@ -48,7 +48,7 @@ _LAZY = {
     "OnnxFileError": ("portnet.errors", "OnnxFileError"),
     "PortNetError": ("portnet.errors", "PortNetError"),
     "export_onnx": ("portnet.module_export", "export_onnx"),
-    "load_data": ("portnet.images", "load"),
+    "load_data": ("portnet.shards", "load"),
     "measure": ("portnet.plan", "measure"),
     "open_onnx": ("portnet.model", "open_onnx"),
     "preprocess": ("portnet.images", "preprocess"),

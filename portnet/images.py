@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ _LAYOUT = "a folder of pictures stored as class/name.jpg"
 # torchvision's ImageFolder counts these as pictures.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
-_WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, os.cpu_count() or 1)
 ALONE = Place()
 
 
@@ -215,15 +215,20 @@ def read_picture(path: str | os.PathLike[str]) -> U8:
     white, EXIF's orientation is applied, and of several frames the first is taken. Raises `PictureError` naming the
     file if it is missing, truncated, no picture, or of a kind that has no RGB values.
     """
+    return decode(path, os.fspath(path))
+
+
+def decode(file: str | os.PathLike[str] | IO[bytes], name: str) -> U8:
+    """The picture in a file that is called `name`, or in an open one; see `read_picture`."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return _rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise whatever the damage leads them to, from OSError to struct.error.
     except Exception as error:
         raise PictureError(
-            f"cannot read {os.fspath(path)} as a picture ({error}); replace or remove it, or skip unreadable pictures"
+            f"cannot read {name} as a picture ({error}); replace or remove it, or skip unreadable pictures"
         ) from error
 
 
@@ -437,7 +442,7 @@ def read_batches(data: DataSet, orders: Iterable[Order]) -> Iterator[PixelBatch]
     """A batch for each order, one after the other, read in this process."""
     # Threads, since decoding and scaling release the interpreter's lock. They work only between two batches, and so
     # take nothing from a step that is being timed.
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for order in orders:
             pixels = order.empty()
             for _ in pool.map(partial(read_into, data, order), range(len(pixels)), pixels):
@@ -580,7 +585,9 @@ def _rgb(image: "Image.Image") -> U8:
     return np.asarray(image.convert("RGB"))
 
 
-def _parts(data: DataSet, for_test: npt.NDArray[np.bool_], skipped: tuple[str, ...] = ()) -> Splits:
+def parts(data: DataSet, for_test: npt.NDArray[np.bool_], skipped: tuple[str, ...] = ()) -> Splits:
+    """A data set in its two splits."""
+
     def part(places: I64) -> DataSet:
         return replace(data, labels=data.labels[places], ids=data.ids[places], read=Chosen(data.read, places))
 
@@ -612,7 +619,7 @@ def _digits() -> Splits:
         flip=False,
         colour=False,
     )
-    return _parts(digits, for_test)
+    return parts(digits, for_test)
 
 
 def _synthetic() -> Splits:
@@ -630,7 +637,7 @@ def _synthetic() -> Splits:
         mean=_rounded(patterns.mean(axis=(0, 1, 2)) - 0.5),
         read=_Patterns(patterns, labels, side),
     )
-    return _parts(synthetic, ids % 5 == 0)
+    return parts(synthetic, ids % 5 == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -658,7 +665,19 @@ def _random_bytes(index: npt.ArrayLike, step: int, count: int) -> U8:
 _BUILT_IN: dict[str, Callable[[], Splits]] = {"digits": _digits, "synthetic": _synthetic}
 
 
-def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Listing:
+    """Pictures by their ids, 0, 1, ...: `paths`, `labels` and whether each is `for_test`, as every fifth may be."""
+
+    class_names: tuple[str, ...]
+    paths: list[Path]
+    labels: I64
+    for_test: npt.NDArray[np.bool_]
+    every_fifth: bool
+
+
+def listing(root: Path) -> Listing:
+    """What a folder of pictures holds, none of which is read. Raises `InputError` for another layout."""
     inside = {path.name for path in _visible(root) if path.is_dir()}
     test = next((name for name in ("val", "test") if name in inside), None) if "train" in inside else None
     if test is None:
@@ -669,51 +688,66 @@ def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
         parts = [classes, _classes(root / test)]
         if strangers := sorted(parts[1].keys() - classes.keys()):
             raise InputError(f"{root / test} has classes that {root / 'train'} has not: {', '.join(strangers)}")
-    names = tuple(classes)
-    number = {name: label for label, name in enumerate(names)}
+    number = {name: label for label, name in enumerate(classes)}
     paths = [path for found in parts for files in found.values() for path in files]
-    labels = np.array([number[name] for found in parts for name, files in found.items() for _ in files], np.int64)
     ids = np.arange(len(paths), dtype=np.int64)
-    for_test = ids % 5 == 0 if test is None else ids >= sum(map(len, classes.values()))
-    means, readable = _means(paths, skip_unreadable=skip_unreadable)
-    trained_on = np.bincount(labels[readable & ~for_test], minlength=len(names))
-    if not trained_on.all():
-        raise InputError(
-            f"class {names[trained_on.argmin()]!r} of {root} has no readable picture to train on"
-            + ("; every fifth of all pictures is kept for testing" if test is None else "")
-        )
-    if not np.any(readable & for_test):
-        raise InputError(f"{root} has no readable picture to test on")
-    kept = ids[readable]
+    return Listing(
+        class_names=tuple(classes),
+        paths=paths,
+        labels=np.array([number[name] for found in parts for name, files in found.items() for _ in files], np.int64),
+        for_test=ids % 5 == 0 if test is None else ids >= sum(map(len, classes.values())),
+        every_fifth=test is None,
+    )
+
+
+def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
+    found = listing(root)
+    read = Files([str(path) for path in found.paths])
+    colours, readable = means(read, len(found.paths), skip_unreadable=skip_unreadable)
+    mean = checked_mean(root, found, colours, readable)
+    kept = np.flatnonzero(readable)
     folder = DataSet(
         name=root.resolve().name,
-        class_names=names,
-        labels=labels[kept],
+        class_names=found.class_names,
+        labels=found.labels[kept],
         ids=kept,
-        mean=_rounded(means[readable & ~for_test].mean(axis=0)),
-        read=Chosen(Files([str(path) for path in paths]), kept),
+        mean=mean,
+        read=Chosen(read, kept),
     )
-    return _parts(folder, for_test[kept], tuple(str(paths[i]) for i in ids[~readable]))
+    return parts(folder, found.for_test[kept], tuple(str(found.paths[i]) for i in np.flatnonzero(~readable)))
 
 
-def _means(paths: list[Path], *, skip_unreadable: bool) -> tuple[F64, npt.NDArray[np.bool_]]:
+def checked_mean(root: Path, found: Listing, colours: F64, readable: npt.NDArray[np.bool_]) -> Mean:
+    """The mean of the training pictures. Raises `InputError` where a class has none, or the test split is empty."""
+    trained_on = np.bincount(found.labels[readable & ~found.for_test], minlength=len(found.class_names))
+    if not trained_on.all():
+        raise InputError(
+            f"class {found.class_names[trained_on.argmin()]!r} of {root} has no readable picture to train on"
+            + ("; every fifth of all pictures is kept for testing" if found.every_fifth else "")
+        )
+    if not np.any(readable & found.for_test):
+        raise InputError(f"{root} has no readable picture to test on")
+    return _rounded(colours[readable & ~found.for_test].mean(axis=0))
+
+
+def means(read: Callable[[int], U8], count: int, *, skip_unreadable: bool) -> tuple[F64, npt.NDArray[np.bool_]]:
     """The mean colour of each picture, ``(n, 3)``, and which of them can be read."""
-    means, readable = np.zeros((len(paths), 3)), np.ones(len(paths), bool)
+    found, readable = np.zeros((count, 3)), np.ones(count, bool)
 
     def one(i: int) -> None:
         try:
-            means[i] = read_picture(paths[i]).mean(axis=(0, 1))
+            found[i] = read(i).mean(axis=(0, 1))
         except PictureError:
             if not skip_unreadable:
                 raise
             readable[i] = False
 
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         # In runs, since a million waiting tasks would fill gigabytes.
-        for first in range(0, len(paths), 1024):
-            for _ in pool.map(one, range(first, min(first + 1024, len(paths)))):
+        for first in range(0, count, 1024):
+            for _ in pool.map(one, range(first, min(first + 1024, count))):
                 pass
-    return means, readable
+    return found, readable
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from hashlib import sha256
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -256,6 +257,30 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         return PortNetError(f"{type(error).__name__}: {error}")
     return error
+
+
+def digest(
+    loader: Loader,
+    graph: Graph,
+    *,
+    seed: int,
+    batch: int,
+    batches: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[str, int]:
+    """SHA-256 of the first `batches` training batches, over as many epochs as it takes, and how many those are.
+
+    Of each batch count its pixels, what is added to and what divides them, labels and ids.
+    """
+    sha, done, epoch = sha256(), 0, 0
+    while done < batches:
+        for each in loader.training_batches(graph, seed=seed, epoch=epoch, batch=batch, steps=batches - done):
+            for value in (each.pixels, each.shift, each.scale, each.labels, each.ids):
+                sha.update(np.ascontiguousarray(value).data)
+            done += 1
+            on_batch()
+        epoch += 1
+    return sha.hexdigest(), done
 
 
 def processors() -> int:

@@ -13,7 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from portnet import calibration, images, onnx_export, plugins
+from portnet import calibration, images, onnx_export, plugins, shards
 from portnet.contract import INT8, Array, Settings
 from portnet.errors import ExportError, InputError
 from portnet.files import write_atomically
@@ -95,7 +95,7 @@ def quantize(
     if wide.file.quantised or wide.file.half:
         raise InputError(f"{wide.file.path} is not float32; quantise the float32 file that it was made from")
     wide.backend.check(Settings(precision=INT8), wide.device)
-    splits = data if isinstance(data, Splits) else images.load(data)
+    splits = data if isinstance(data, Splits) else shards.load(data)
     _check_classes(wide, splits.train)
     seen = splits.train.some(pictures)
     say(f"calibrating on {len(seen)} training pictures")

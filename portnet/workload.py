@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from portnet import alexnet, cache, calibration, images, parity, plugins, stats, trained, training, weights
+from portnet import alexnet, cache, calibration, images, parity, plugins, shards, stats, trained, training, weights
 from portnet.clock import Inputs
 from portnet.contract import INT8, Array, Backend, Session, Settings, Unsupported
 from portnet.errors import PortNetError
@@ -92,7 +92,7 @@ class AlexNet(Workload):
 
     @cached_property
     def data(self) -> images.Splits:
-        return images.load(self.spec.data)
+        return shards.load(self.spec.data)
 
     def graph_of(self, size: int) -> Graph:
         """The network for images of that many pixels a side."""
