@@ -224,7 +224,8 @@ def decode(file: str | os.PathLike[str] | IO[bytes], name: str) -> U8:
 
     try:
         with Image.open(file) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
     # Pillow's decoders raise whatever the damage leads them to, from OSError to struct.error.
     except Exception as error:
         raise PictureError(
@@ -582,7 +583,7 @@ def _rgb(image: "Image.Image") -> U8:
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def parts(data: DataSet, for_test: npt.NDArray[np.bool_], skipped: tuple[str, ...] = ()) -> Splits:

@@ -10,11 +10,13 @@ import pickle
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from hashlib import sha256
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ Read = Callable[[int], U8]
 Source = Callable[[], U8]
 
 AHEAD = 3
-"""How many batches are under way or ready at a time."""
+"""How many batches are under way at a time; as many are ready."""
 GROUP = 8
 """Pictures a worker takes at a time: a batch is spread over all of them."""
 
@@ -93,6 +95,39 @@ class Loader:
         return self._ahead(orders) if self._workers else images.read_batches(self._data, orders)
 
     def _ahead(self, orders: Iterable[Order]) -> Iterator[PixelBatch]:
+        """The batches, which a thread of their own keeps coming while whoever takes them computes."""
+        ready: Queue[PixelBatch | Exception | None] = Queue(AHEAD)
+        stop = Event()
+
+        def hand(item: PixelBatch | Exception | None) -> None:
+            while not stop.is_set():
+                with suppress(Full):
+                    ready.put(item, timeout=0.1)
+                    return
+
+        def feed() -> None:
+            try:
+                with closing(self._batches(orders)) as batches:
+                    for batch in batches:
+                        hand(batch)
+                        if stop.is_set():
+                            return
+                hand(None)
+            except Exception as error:  # it is the taker's
+                hand(error)
+
+        thread = Thread(target=feed, name="portnet-loading", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _batches(self, orders: Iterable[Order]) -> Generator[PixelBatch]:
         """Hand out groups of pictures to idle workers, and batches in their order."""
         coming = iter(orders)
         batches: deque[_Batch] = deque()
