@@ -20,6 +20,7 @@ class Cpu(TorchBackend):
     priority: ClassVar[int] = 10
     type: ClassVar[str] = "cpu"
     collectives: ClassVar[str] = "gloo"
+    one_device: ClassVar[bool] = True
 
     def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
         flags, precision = features(), settings.precision

@@ -43,8 +43,6 @@ class TorchBackend(Backend):
     caches: ClassVar[tuple[str, ...]] = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     type: ClassVar[str]
     """The device's type in torch (``cuda``, also for ROCm)."""
-    collectives: ClassVar[str] = ""
-    """The library behind torch.distributed, by torch's name (``nccl``, also for RCCL); empty where `parallel` is."""
 
     def __init_subclass__(cls) -> None:
         ways: tuple[Parallel, ...] = ("data", "towers")

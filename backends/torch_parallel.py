@@ -6,9 +6,10 @@ operations are the device's own (NCCL, RCCL under NCCL's name, oneCCL, Gloo on p
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -117,6 +118,39 @@ class _Group:
         self.count("send_recv", _bytes(out))
         return out
 
+    def seconds(
+        self, names: Sequence[str], size: int, repeats: int, device: torch.device, wait: Callable[[], None]
+    ) -> dict[str, list[float]]:
+        """How long operations on `size` bytes take; see `Session.collective_seconds`."""
+        each = max(1, size // 4 // self.size)
+        whole, part = (torch.zeros(n, device=device) for n in (each * self.size, each))
+        parts = list(whole.chunk(self.size))
+
+        def send_recv() -> None:
+            if self.rank < 2:
+                dist.send(whole, 1) if self.rank == 0 else dist.recv(whole, 0)
+
+        run: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: dist.all_reduce(whole),
+            "all_gather": lambda: dist.all_gather(parts, part),
+            "reduce_scatter": lambda: dist.reduce_scatter(part, parts),
+            "send_recv": send_recv,
+        }
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for name in names:
+            for repeat in range(repeats + 1):
+                wait()
+                dist.barrier()
+                began = perf_counter()
+                run[name]()
+                wait()
+                # The last process to finish; the first time, connections are made.
+                slowest = torch.tensor([perf_counter() - began], dtype=torch.float64, device=device)
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)
+                if repeat:
+                    found[name].append(float(slowest))
+        return found
+
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """`x` of every process as one, in place."""
         dist.all_reduce(x, op)
@@ -193,6 +227,9 @@ class DataSession(TorchSession):
             logits, loss = self._parallel(images, labels, masks)
             self._scaled(loss).backward()
         return logits, loss, self._unscaled([p.grad for p in self.parameters.values()]) if last else []
+
+    def collective_seconds(self, size: int, repeats: int) -> Mapping[str, Sequence[float]]:
+        return self.group.seconds(("all_reduce",), size, repeats, self.device, self.synchronize)
 
     def total(self, values: Array) -> Array:
         summed = self.group.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device))
@@ -274,6 +311,10 @@ class TowerSession(TorchSession):
         with self._as_set():
             logits, loss, gradients = self._backward(self.put(images), self.put(labels), owned)
         return Trace(layers={}, logits=self.get(logits), loss=float(self.get(loss)), gradients=self._whole(gradients))
+
+    def collective_seconds(self, size: int, repeats: int) -> Mapping[str, Sequence[float]]:
+        names = ("all_gather", "reduce_scatter", "send_recv")
+        return self.group.seconds(names, size, repeats, self.device, self.synchronize)
 
     def masks(self, ids: Array, *, step: int) -> dict[str, Array]:
         raise Unsupported("a tower draws its half of the dropout masks alone")

@@ -24,6 +24,7 @@ from portnet.assessment import (
     Portability,
     Prices,
     Problem,
+    Scaling,
     Serving,
     Share,
     Value,
@@ -45,7 +46,8 @@ MISSING = "missing"
 UNSUPPORTED = ("wrong", "failed", "out of memory", "timeout", MISSING)
 """Outcomes of a stack that was there and did not do it. After any other its efficiency is not known."""
 REPEATS = "runs repeat bit for bit"
-UNTRIED = (f"train: {REPEATS}", f"infer: {REPEATS}", "fused optimiser", "distributed training")
+TOGETHER = "distributed training"
+UNTRIED = (f"train: {REPEATS}", f"infer: {REPEATS}", "fused optimiser", TOGETHER)
 """Features that have a row even where no record tells of them."""
 NONE = Value()
 
@@ -123,7 +125,8 @@ class _Assessing:
         chosen = [n for n in every if not wanted or n == self.home or self._asked(n, wanted)]
         self.named = wanted
         self.missing = tuple(w for w in wanted if not any(self._asked(n, [w]) for n in every))
-        self.placed = [(n, f) for n, f in known if n in chosen]
+        self.known = [(n, f) for n, f in known if n in chosen]
+        self.placed = [(n, f) for n, f in self.known if f.spec.mode != "scale"]
         self.platforms = [self._platform(n) for n in chosen]
         self.several = len({_work(f.spec) for _, f in self.placed}) > 1
         self.current = _current(self.placed)
@@ -156,6 +159,7 @@ class _Assessing:
             ablation=ablation,
             numerics=self._numerics(),
             serving=self.serving,
+            scaling=self._scaling(),
             costs=self._costs(),
             currency=self.prices.currency if self.prices else "",
             latency=self.latency,
@@ -173,7 +177,7 @@ class _Assessing:
     # Platforms
 
     def _platform(self, name: str) -> Platform:
-        figures = [f for n, f in self.placed if n == name]
+        figures = [f for n, f in self.known if n == name]
         own = [r for f in figures for r in f.records]
         device = next((r.device for r in own if r.device), {})
         return Platform(
@@ -362,6 +366,14 @@ class _Assessing:
                 # at some batch, the verdict says.
                 if name not in row or _PLACE[outcome] < _PLACE[row[name].outcome]:
                     row[name] = seen
+        for name, figure in self.known:
+            if figure.spec.mode == "scale":
+                feature = f"{TOGETHER}: {figure.spec.parallel}, {figure.spec.processes} processes"
+                digests = tuple(self.digests[id(r)] for r in figure.records)
+                seen = Cell(outcome=_outcome(figure), reason=figure.reason, records=digests)
+                row = cells.setdefault(feature, {})
+                if name not in row or _PLACE[seen.outcome] < _PLACE[row[name].outcome]:
+                    row[name] = seen
         cells |= {feature: {} for feature in UNTRIED if not any(known.startswith(feature) for known in cells)}
         return Outcomes(cells=cells, retained={p.name: self._retained(cells, p.name) for p in self.platforms})
 
@@ -490,6 +502,53 @@ class _Assessing:
         seen = self._value(figure, float(all(one["equal"] for one in found)))
         differing = list(dict.fromkeys(name for one in found for name in one.get("differing", ())))
         return _also(seen, f"{len(differing)} tensors differ, {differing[0]} among them") if differing else seen
+
+    def _scaling(self) -> list[Scaling]:
+        made = []
+        for name, figure in self.known:
+            spec = figure.spec
+            if spec.mode != "scale":
+                continue
+            records = [r for r in figure.records if r.scaling.get("rounds")]
+            told = records[0].scaling if records else figure.records[0].scaling
+            counts = sorted({int(n) for r in records for n in r.scaling["rounds"]} - {1}) or [spec.processes]
+            for n in counts:
+                pairs = [
+                    (_rate(one), _rate(several))
+                    for r in records
+                    for one, several in zip(*(r.scaling["rounds"].get(str(k), ()) for k in (1, n)), strict=True)
+                ]
+                seen = [
+                    self._value(figure, stats.interval(values) if pairs else None)
+                    for values in ([a for a, _ in pairs], [b for _, b in pairs], [b / a / n for a, b in pairs])
+                ]
+                # What is sent was counted, and timed, with the most processes.
+                last = n == spec.processes and bool(pairs)
+                sent = sum(each["bytes"] for each in told.get("traffic", {}).values())
+                bus = [
+                    (operation, self._value(figure, max(lockin.bus_bandwidth(operation, n, t) for t in timed)))
+                    for operation, timed in (told.get("operations", {}) if last else {}).items()
+                ]
+                made.append(
+                    Scaling(
+                        platform=name,
+                        stack=spec.stack,
+                        work=_work(spec),
+                        way=spec.parallel,
+                        processes=n,
+                        batch=spec.batch,
+                        collectives=str(told.get("collectives", "")),
+                        one_device=bool(told.get("one_device")),
+                        outcome=_outcome(figure),
+                        reason=figure.reason,
+                        alone=seen[0],
+                        together=seen[1],
+                        efficiency=seen[2],
+                        sent=self._value(figure, float(sent) if last else None, f"counted with {spec.processes}"),
+                        bus=bus,
+                    )
+                )
+        return made
 
     def _serving(self) -> list[Serving]:
         made = []
@@ -877,6 +936,11 @@ def _work(spec: Spec) -> str:
 
 def _plain(spec: Spec) -> Spec:
     return replace(spec, blocks=0, perturbed=0)
+
+
+def _rate(timed: Mapping[str, Any]) -> float:
+    """Images per second of one round's blocks."""
+    return float(timed["batch"] * timed["steps"] / median(timed["seconds"]))
 
 
 def _features(figure: Figure) -> list[tuple[str, str]]:

@@ -200,6 +200,33 @@ class Serving:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Training in several `processes` beside one: images/s, and of `efficiency` 1 is that many times one's rate.
+
+    `way`: ``data``, the same batch for each, or ``towers``, the same batch for both together. `sent`: bytes that leave
+    all processes together in a step. `bus`: of each collective operation alone, the best bus bandwidth in bytes/s, as
+    nccl-tests defines it. Where the processes share `one_device`, all this is a functional check, and says nothing of
+    an interconnect.
+    """
+
+    platform: str
+    stack: str
+    work: str
+    way: str
+    processes: int
+    batch: int
+    collectives: str
+    one_device: bool
+    outcome: str
+    reason: str
+    alone: Value
+    together: Value
+    efficiency: Value
+    sent: Value
+    bus: Sequence[tuple[str, Value]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Money, in the prices' currency, and joules.
 
@@ -284,6 +311,7 @@ class Assessment:
     ablation: Sequence[Share]
     numerics: Sequence[Numerics]
     serving: Sequence[Serving]
+    scaling: Sequence[Scaling]
     costs: Sequence[Cost]
     currency: str
     latency: float

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 import portnet
-from portnet import cli_data, cli_report, cli_train, plugins
+from portnet import cli_data, cli_report, cli_scale, cli_train, plugins
 from portnet.console import open_console, plain, show_progress
 from portnet.contract import INT8, PRECISIONS
 from portnet.errors import (
@@ -612,6 +612,7 @@ def _print_records(told: dict[str, Any]) -> None:
 
 cli_data.register(main)
 cli_report.register(main)
+cli_scale.register(main)
 cli_train.register(main)
 
 if __name__ == "__main__":

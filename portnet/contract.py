@@ -5,7 +5,7 @@ A backend is a way to reach a device; a session is one network opened on it. The
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -244,6 +244,15 @@ class Session(ABC):
         """What went between the processes since this was last asked, by the collective operation's name."""
         return {}
 
+    def collective_seconds(self, size: int, repeats: int) -> Mapping[str, Sequence[float]]:
+        """Seconds of each collective operation that training uses, alone, on `size` bytes; all processes must call it.
+
+        `size` is nccl-tests': of what each process holds to be reduced (``all_reduce``), of all that is gathered or
+        scattered (``all_gather``, ``reduce_scatter``), of the message (``send_recv``). From when the last process has
+        begun until all have finished.
+        """
+        return {}
+
     def masks(self, ids: Any, *, step: int) -> dict[str, npt.NDArray[np.bool_]]:
         """The dropout masks that `train_step` draws, by layer: bool ``(batch, features)`` on the host, True is kept."""
         raise Unsupported(f"{type(self).__name__} does not train")
@@ -321,6 +330,10 @@ class Backend(ABC):
     """Whether it takes `Settings.accumulate` above 1."""
     parallel: ClassVar[tuple[Parallel, ...]] = ()
     """The values of `Settings.parallel` that it takes, besides none."""
+    collectives: ClassVar[str] = ""
+    """The library behind its collective operations, by its usual name; empty where `parallel` is."""
+    one_device: ClassVar[bool] = False
+    """Whether several processes of one machine share one device, as they do a processor."""
     strict: ClassVar[bool] = False
     """Whether it can tell beforehand that a part would be computed elsewhere, and refuse (`Settings.strict`)."""
 

@@ -1,6 +1,6 @@
 """From records to figures. Pure functions; every figure says what it was computed from by standing in its row."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
@@ -134,6 +134,25 @@ class Figure:
 def figures(records: Sequence[Record]) -> list[Figure]:
     """One for each stack, mode, piece of work and device, in the order of their first records."""
     return [_figure(group) for group in _groups(records, lambda spec: replace(spec, blocks=0, perturbed=0))]
+
+
+BUS: Mapping[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "send_recv": lambda n: 1.0,
+}
+"""What of an operation's bytes crosses the busiest link of n processes."""
+
+
+def bus_bandwidth(operation: str, processes: int, timed: Mapping[str, Any]) -> float:
+    """Bytes per second of a collective operation, as nccl-tests defines bus bandwidth (doc/PERFORMANCE.md there).
+
+    That is its bytes by the time they take, times what of them crosses the busiest link: so that it can be held against
+    a link's own, whatever the operation and the number of processes. `timed` is one entry of ``operations`` in
+    `portnet.record.Record.scaling`.
+    """
+    return float(BUS[operation](processes) * timed["bytes"] / median(timed["seconds"]))
 
 
 def _groups(records: Sequence[Record], same: Any) -> Iterator[list[Record]]:

@@ -41,8 +41,9 @@ DIVISIONS = ("closed", "open")
 RUNGS = ("unfold", "direct")
 """Of `Spec.without`: what is left where the library is taken away, PortNet's own convolutions."""
 
-MODES = ("train", "infer", "serve")
-"""``serve`` asks what a serving user does: latency at batch 1, a sweep over batches, memory, the bus."""
+MODES = ("train", "infer", "serve", "scale")
+"""``serve`` asks what a serving user does: latency at batch 1, a sweep over batches, memory, the bus. ``scale``: how
+training goes in several processes, beside one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,9 @@ class Spec:
     `curve_size` pixels, `curve_batch` images a step for `curve_steps` steps, and held against `perturbed` runs of
     equals; the gate, the clock and the timing at `image_size` and `batch`. `blocks` are timed in a process; 0 stops at
     the gates. `quick` says that fewer samples were asked for than a figure to be quoted needs. `strict` refuses a stack
-    of which a part would run elsewhere than on the device, where its backend can tell beforehand.
+    of which a part would run elsewhere than on the device, where its backend can tell beforehand. `parallel` is how
+    `processes` share the network (``data``, ``towers``), of mode ``scale`` alone; `batch` is then each one's with
+    ``data``, and of both together with ``towers``.
     """
 
     backend: str
@@ -79,6 +82,8 @@ class Spec:
     blocks: int = 30
     quick: bool = False
     strict: bool = False
+    parallel: str = ""
+    processes: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "without", tuple(self.without))  # JSON knows lists only
@@ -120,6 +125,9 @@ class Record:
       steps with their input.
     - `ceilings` are FLOP/s and bytes/s; `layers` each layer's least work, floor and times in seconds; `serving` what a
       serving user asks.
+    - `scaling` tells of several processes: the library of their `collectives`; whether they share `one_device`; by
+      number of processes the timed blocks of each round (`rounds`); what a step sends by operation (`traffic`, bytes of
+      all processes together) and the seconds of each operation alone, by its bytes (`operations`).
     """
 
     spec: Spec
@@ -139,6 +147,7 @@ class Record:
     ceilings: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
     serving: Mapping[str, Any] = field(default_factory=dict)
+    scaling: Mapping[str, Any] = field(default_factory=dict)
     watch: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -324,6 +333,7 @@ _FORMS: Mapping[str, _Form] = {
         curve=_object(passed=_TRUTH, share=_SIZE, step=_COUNT, runs=_COUNT),
         clock=_map(_CLOCK),
         fallbacks=_object(known=_TRUTH, operations=_map(_COUNT)),
+        agreement=_object(("passed", "error", "allowed"), passed=_TRUTH, what=_TEXT, error=_SIZE, allowed=_SIZE),
         repeats=_object(("equal",), equal=_TRUTH, compared=_COUNT, differing=_list(_TEXT)),
         warm_up=_object(steady_from=_number(0, 2**53, kind="integer", null=True), blocks=_COUNT),
         trend=_object(change=_number(), low=_number(null=True), high=_number(null=True), unsteady=_TRUTH),
@@ -354,6 +364,11 @@ _FORMS: Mapping[str, _Form] = {
             )
         ),
         largest_batch=_number(0, 2**53, kind="integer", null=True),
+    ),
+    "scaling": _object(
+        collectives=_TEXT, one_device=_TRUTH, rounds=_map(_list(_TIMED)),
+        traffic=_map(_object(("calls", "bytes"), calls=_COUNT, bytes=_COUNT)),
+        operations=_map(_list(_object(("bytes", "seconds"), bytes=_POSITIVE_COUNT, seconds=_list(_DURATION, 1)))),
     ),
     "watch": _object(blocks=_COUNT, seconds=_SPENT),
 }  # fmt: skip

@@ -25,9 +25,9 @@ FLOORS = [
     {"own_model", "serving"},
     {"measurement", "model"},
     {"launch", "module_export", "quantization"},
-    {"plan"},
+    {"plan", "scaling"},
     {"__init__"},
-    {"cli_data", "cli_report", "cli_train"},
+    {"cli_data", "cli_report", "cli_scale", "cli_train"},
     {"cli"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -68,6 +68,7 @@ def to_json(assessment: Assessment, *, indent: int | None = 1) -> str:
         "ablation": seen.ablation,
         "numerics": seen.numerics,
         "serving": seen.serving,
+        "scaling": seen.scaling,
         "costs": seen.costs,
         "divergence": seen.divergence,
         "records": sorted({record.digest for record in seen.records}),
@@ -246,6 +247,28 @@ class _Markdown:
                 for s in seen.serving
             ],
             ready=3,
+        )
+        made += self.table(
+            "Several devices",
+            (
+                *("Stack", "Platform", "Group", "Collectives", "Outcome"),
+                *("Images/s, one", "Images/s, together", "Efficiency", "Sent in a step", "Bus bandwidth"),
+            ),
+            [
+                [
+                    s.stack,
+                    s.platform,
+                    f"{s.processes} processes, {s.way}, batch {s.batch}" + (" each" if s.way == "data" else ""),
+                    s.collectives + (": a functional check" if s.one_device else ""),
+                    s.outcome,
+                    *(self.told(v, "rate") for v in (s.alone, s.together)),
+                    self.told(s.efficiency, "share"),
+                    self.told(s.sent, "bytes"),
+                    ", ".join(f"{operation} {self.told(v, 'bytes/s')}" for operation, v in s.bus) or "–",
+                ]
+                for s in seen.scaling
+            ],
+            ready=5,
         )
         made += self.table(
             "Cost",

@@ -27,6 +27,7 @@ from portnet.assessment import (
     Numerics,
     Portability,
     Problem,
+    Scaling,
     Serving,
     Share,
     Value,
@@ -40,7 +41,7 @@ from portnet.report import formats, lockin_plots, page, table, values
 from portnet.report.page import Grid, Plot
 from portnet.report.values import Told
 
-Row = TypeVar("Row", Verdict, Serving, Cost, Numerics, Share, Against)
+Row = TypeVar("Row", Verdict, Serving, Cost, Numerics, Share, Against, Scaling)
 
 LONGEST = 1500
 """Letters of one text of a record that are shown."""
@@ -214,6 +215,7 @@ class _Page:
             open_only=self._open_division(),
             serving=self._serving(),
             bound=values.duration(seen.latency),
+            scaling=self._scaling(),
             costs=self._costs(),
             currency=seen.currency,
             stacks=self._stacks(),
@@ -350,7 +352,7 @@ class _Page:
         """Those of platforms that are there."""
         return [row for row in rows if row.platform in self.names]
 
-    def _place(self, row: Verdict | Serving | Cost | Numerics | Share) -> tuple[int, str]:
+    def _place(self, row: Verdict | Serving | Cost | Numerics | Share | Scaling) -> tuple[int, str]:
         return self.names.index(row.platform), getattr(row, "stack", "")
 
     def _source(self, figure: Figure) -> int | None:
@@ -481,6 +483,24 @@ class _Page:
             )
             for s in sorted(self._kept(self.seen.serving), key=self._place)
         ]
+
+    def _scaling(self) -> list[tuple[Cells, str, str]]:
+        """Each group with its way and number of processes, and whether it is a figure at all."""
+        made = []
+        for s in sorted(self._kept(self.seen.scaling), key=self._place):
+            bus = [
+                f"{operation} {values.tell(v, 'bytes/s', quick=self.quick, currency='').text}" for operation, v in s.bus
+            ]
+            cells = self._row(
+                *(self._shown(v, "rate") for v in (s.alone, s.together)),
+                self._shown(s.efficiency, "share"),
+                self._shown(s.sent, "bytes", "a count"),
+                ", ".join(bus) or "–",
+            )
+            what = f"{s.processes} processes, {s.way}, batch {s.batch}" + (" each" if s.way == "data" else "")
+            kind = s.collectives + (": a functional check" if s.one_device else "")
+            made.append((Cells(heading=s.stack, below=", ".join(_apart(s)), cells=cells), what, kind))
+        return made
 
     def _costs(self) -> Sheet | None:
         rows = [
@@ -1007,7 +1027,7 @@ def _taken(layers: Iterable[str]) -> str:
     return ", ".join(map(taken, sorted(layers)))
 
 
-def _apart(row: Serving | Cost) -> list[str]:
+def _apart(row: Serving | Cost | Scaling) -> list[str]:
     """What tells it from others of its stack's name."""
     return [*([row.platform] if row.platform not in row.stack else []), *([row.work] if row.work != USUAL else [])]
 

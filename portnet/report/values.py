@@ -12,7 +12,7 @@ from portnet.report.table import error, plain, rate
 NOT_MEASURED = "not measured"
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 NAMES = {"cuda": "CUDA", "rocm": "ROCm", "mps": "MPS", "xpu": "XPU", "cpu": "the CPU"}
-MODES = {"train": "training", "infer": "inference", "serve": "serving"}
+MODES = {"train": "training", "infer": "inference", "serve": "serving", "scale": "training in a group"}
 _VOID = (*GATED, "failed", "timeout", "out of memory")
 
 
