@@ -1,6 +1,6 @@
 """How fast pictures come, against torch's own way, and that they are the same pictures whichever way they come.
 
-    python benchmarks/loader.py            # 10,000 pictures; about half an hour on two cores
+    python benchmarks/loader.py            # 10,000 pictures; about a quarter of an hour on two cores
     python benchmarks/loader.py --pictures 400 --batches 20 --steps 2      # the same, reduced
 
 It makes an ImageNet-like folder of JPEGs of 400x350 pixels, drawn and of real handwriting, a hundredth of them broken,
@@ -255,8 +255,8 @@ def joined(one: Loader, two: Loader, graph: Any, batches: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--batches", type=int, default=30, help="of 64, timed at a time")
-    parser.add_argument("--steps", type=int, default=4, help="training steps of 64, timed at a time")
+    parser.add_argument("--batches", type=int, default=15, help="of 64, timed at a time")
+    parser.add_argument("--steps", type=int, default=2, help="training steps of 64, timed at a time")
     parser.add_argument("--same", type=int, default=1000, help="batches of 8 whose pixels are compared")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
