@@ -9,7 +9,7 @@ import pytest
 from portnet import alexnet, cache, calibration, images, parity, plan, plugins, trained, weights
 from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
-from portnet.graph import LRN
+from portnet.graph import LRN, SpatialLRN
 from portnet.measurement import Measurement
 from portnet.own_model import workload
 from portnet.record import Spec
@@ -98,7 +98,7 @@ def test_every_preset_passes_in_int8(preset, backend):
 @pytest.mark.parametrize("preset", ["paper2012", "chm145", "caffe"])
 def test_a_wrong_network_does_not(preset):
     network = graph(preset)
-    layers = (replace(x, alpha=x.alpha / 5) if isinstance(x, LRN) else x for x in network.layers)
+    layers = (replace(x, alpha=x.alpha / 5) if isinstance(x, LRN | SpatialLRN) else x for x in network.layers)
     found = judged(parity.Case(network, batch=2), network=replace(network, layers=tuple(layers)))
     assert found.worst.share > 5, found
 
