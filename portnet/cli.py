@@ -445,7 +445,9 @@ def export(
 @main.command()
 @click.argument("source", type=FILE)
 @click.argument("target", type=FILE)
-@click.option("--data", default="digits", show_default=True, help="digits, synthetic, or a folder of class/name.jpg.")
+@click.option(
+    "--data", default="digits", show_default=True, help="digits, synthetic, a folder of class/name.jpg, or shards."
+)
 @click.option(
     "--backend",
     default=plugins.RUNNER,

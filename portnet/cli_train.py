@@ -50,7 +50,7 @@ def register(main: click.Group) -> None:
 @click.option("--bias", type=float, help="Where the preset starts biases at 1 (paper2012, chm145) or 0.1 (caffe).")
 @click.option("--dropout", type=float, help="Probability; 0.5 by default.")
 @click.option("--data", default="digits", show_default=True,
-              help="digits, synthetic, or a folder of class/name.jpg.")  # fmt: skip
+              help="digits, synthetic, a folder of class/name.jpg, or one of tar shards.")  # fmt: skip
 @click.option("--skip-unreadable", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode; as the cores allow for a folder.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)

@@ -53,6 +53,7 @@ def test_the_page_reads_in_order() -> None:
         "What works",
         "Speed and efficiency",
         "Serving: latency, throughput, memory",
+        "Several devices: training in one process and in more",
         "Cost",
         "Every stack",
         "Performance portability",
