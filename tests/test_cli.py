@@ -25,8 +25,8 @@ from portnet.trainer import Result
 
 BACKEND = os.environ.get("PORTNET_TEST_BACKEND", "cpu")
 COMMANDS = (
-    *("ablate", "backends", "check", "compare", "diff", "divergence", "export", "infer", "measure", "project"),
-    *("quantize", "records", "report", "summary", "train"),
+    *("ablate", "backends", "check", "compare", "data", "diff", "divergence", "export", "infer", "measure", "project"),
+    *("quantize", "records", "report", "scale", "summary", "train"),
 )
 TINY = ("--preset", "tiny", "--backend", "reference")
 
