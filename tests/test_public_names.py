@@ -43,13 +43,14 @@ def test_each_is_what_it_says():
     import portnet.own_model
     import portnet.plan
     import portnet.quantization
+    import portnet.shards
 
     assert portnet.AlexNet is portnet.model.AlexNet
     assert portnet.Model is portnet.own_model.Model
     assert portnet.OnnxFileError is portnet.errors.OnnxFileError
     assert portnet.PortNetError is portnet.errors.PortNetError
     assert portnet.export_onnx is portnet.module_export.export_onnx
-    assert portnet.load_data is portnet.images.load
+    assert portnet.load_data is portnet.shards.load
     assert portnet.measure is portnet.plan.measure
     assert portnet.open_onnx is portnet.model.open_onnx
     assert portnet.preprocess is portnet.images.preprocess
