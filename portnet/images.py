@@ -703,19 +703,25 @@ def listing(root: Path) -> Listing:
 
 def _folder(root: Path, *, skip_unreadable: bool) -> Splits:
     found = listing(root)
-    read = Files([str(path) for path in found.paths])
-    colours, readable = means(read, len(found.paths), skip_unreadable=skip_unreadable)
-    mean = checked_mean(root, found, colours, readable)
+    names = [str(path) for path in found.paths]
+    return readable_splits(root, found, Files(names), names.__getitem__, skip_unreadable=skip_unreadable)
+
+
+def readable_splits(
+    root: Path, found: Listing, read: Callable[[int], U8], name: Callable[[int], str], *, skip_unreadable: bool
+) -> Splits:
+    """The data set of what a folder holds, once each picture was read: those that cannot be are left out, by name."""
+    colours, readable = _means(read, len(found.labels), skip_unreadable=skip_unreadable)
     kept = np.flatnonzero(readable)
-    folder = DataSet(
+    data = DataSet(
         name=root.resolve().name,
         class_names=found.class_names,
         labels=found.labels[kept],
         ids=kept,
-        mean=mean,
+        mean=checked_mean(root, found, colours, readable),
         read=Chosen(read, kept),
     )
-    return parts(folder, found.for_test[kept], tuple(str(found.paths[i]) for i in np.flatnonzero(~readable)))
+    return parts(data, found.for_test[kept], tuple(name(i) for i in np.flatnonzero(~readable).tolist()))
 
 
 def checked_mean(root: Path, found: Listing, colours: F64, readable: npt.NDArray[np.bool_]) -> Mean:
@@ -731,7 +737,7 @@ def checked_mean(root: Path, found: Listing, colours: F64, readable: npt.NDArray
     return _rounded(colours[readable & ~found.for_test].mean(axis=0))
 
 
-def means(read: Callable[[int], U8], count: int, *, skip_unreadable: bool) -> tuple[F64, npt.NDArray[np.bool_]]:
+def _means(read: Callable[[int], U8], count: int, *, skip_unreadable: bool) -> tuple[F64, npt.NDArray[np.bool_]]:
     """The mean colour of each picture, ``(n, 3)``, and which of them can be read."""
     found, readable = np.zeros((count, 3)), np.ones(count, bool)
 

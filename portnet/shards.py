@@ -25,7 +25,7 @@ import numpy.typing as npt
 from portnet import images, philox
 from portnet.errors import InputError, PictureError
 from portnet.files import write_atomically
-from portnet.images import I64, U8, Chosen, DataSet, Splits
+from portnet.images import I64, U8, DataSet, Splits
 
 INDEX, FORMAT = "index.npz", "portnet.shards/1"
 COLUMNS = ("shards", "offsets", "sizes", "labels", "ids", "for_test")
@@ -52,22 +52,17 @@ class Members:
 def read_member(path: str, offset: int, size: int) -> U8:
     """The picture in a part of a tar: uint8 ``(height, width, 3)``. Raises `PictureError`."""
     with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-        if len(content) < size:
-            raise PictureError(f"{path} ends before the picture at byte {offset} does; it was cut off, or has changed")
-        try:
-            return images.decode(io.BytesIO(content), f"the picture at byte {offset} of {path}")
-        except PictureError as error:
-            name = _name(file, offset)
-            raise PictureError(str(error).replace("the picture at", f"{name}, the picture at")) from None
+        file.seek(offset - tarfile.BLOCKSIZE)
+        header, content = file.read(tarfile.BLOCKSIZE), file.read(size)
+    if len(content) < size:
+        raise PictureError(f"{path} ends before the picture at byte {offset} does; it was cut off, or has changed")
+    return images.decode(io.BytesIO(content), f"{_name(header)}, the picture at byte {offset} of {path}")
 
 
-def _name(file: io.BufferedReader, offset: int) -> str:
-    """The name of the member whose content begins there, from the header before it."""
-    file.seek(offset - tarfile.BLOCKSIZE)
+def _name(header: bytes) -> str:
+    """The name of a member, for people."""
     try:
-        return tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
     except tarfile.TarError:
         return "a member"
 
@@ -113,6 +108,7 @@ def _indexed(root: Path, path: Path) -> Splits:
     if (
         len({c.shape for c in columns}) > 1
         or least < 0
+        or offsets.min() < tarfile.BLOCKSIZE  # of its header
         or shards.max() >= len(found)
         or not (np.all(offsets + sizes <= lengths[shards]) and labels.max() < len(about["class_names"]))
     ):
@@ -138,27 +134,17 @@ def _scanned(root: Path, *, skip_unreadable: bool) -> Splits:
     if not rows:
         raise InputError(f"the shards of {root} hold no pictures")
     shards, offsets, sizes, labels, tests = (np.array(column) for column in zip(*rows, strict=True))
-    count = len(rows)
     found = images.Listing(
         class_names=tuple(map(str, range(int(labels.max()) + 1))),
         paths=[],
         labels=labels.astype(np.int64),
-        for_test=tests if split else np.arange(count) % 5 == 0,
+        for_test=tests if split else np.arange(len(rows)) % 5 == 0,
         every_fifth=not split,
     )
     read = Members([str(path) for path in paths], shards.astype(np.int32), offsets, sizes)
-    means, readable = images.means(read, count, skip_unreadable=skip_unreadable)
-    kept = np.flatnonzero(readable)
-    data = DataSet(
-        name=root.resolve().name,
-        class_names=found.class_names,
-        labels=found.labels[kept],
-        ids=kept,
-        mean=images.checked_mean(root, found, means, readable),
-        read=Chosen(read, kept),
+    return images.readable_splits(
+        root, found, read, lambda i: f"{read.paths[shards[i]]} at byte {offsets[i]}", skip_unreadable=skip_unreadable
     )
-    skipped = tuple(f"{read.paths[shards[i]]} at byte {offsets[i]}" for i in np.flatnonzero(~readable))
-    return images.parts(data, found.for_test[kept], skipped)
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
