@@ -353,27 +353,26 @@ class _Assessing:
 
     def _outcomes(self) -> Outcomes:
         cells: dict[str, dict[str, Cell]] = {}
+
+        def add(feature: str, name: str, outcome: str, figure: Figure) -> None:
+            digests = tuple(self.digests[id(r)] for r in figure.records)
+            row = cells.setdefault(feature, {})
+            # The better of several batches, but not of two answers, of which one is wrong. That all stacks fail at
+            # some batch, the verdict says.
+            if name not in row or _PLACE[outcome] < _PLACE[row[name].outcome]:
+                row[name] = Cell(outcome=outcome, reason=figure.reason, records=digests)
+
         for name, figure in self.current:
             if figure.spec.without or figure.spec.division != "closed":
                 continue
-            digests = tuple(self.digests[id(r)] for r in figure.records)
             # Another work is another feature: one that is wrong must not hide behind one that is right.
             work = f" ({_work(figure.spec)})" if self.several else ""
             for feature, outcome in _features(figure):
-                seen = Cell(outcome=outcome, reason=figure.reason, records=digests)
-                row = cells.setdefault(feature + work, {})
-                # The better of several batches, but not of two answers, of which one is wrong. That all stacks fail
-                # at some batch, the verdict says.
-                if name not in row or _PLACE[outcome] < _PLACE[row[name].outcome]:
-                    row[name] = seen
+                add(feature + work, name, outcome, figure)
         for name, figure in self.known:
             if figure.spec.mode == "scale":
                 feature = f"{TOGETHER}: {figure.spec.parallel}, {figure.spec.processes} processes"
-                digests = tuple(self.digests[id(r)] for r in figure.records)
-                seen = Cell(outcome=_outcome(figure), reason=figure.reason, records=digests)
-                row = cells.setdefault(feature, {})
-                if name not in row or _PLACE[seen.outcome] < _PLACE[row[name].outcome]:
-                    row[name] = seen
+                add(feature, name, _outcome(figure), figure)
         cells |= {feature: {} for feature in UNTRIED if not any(known.startswith(feature) for known in cells)}
         return Outcomes(cells=cells, retained={p.name: self._retained(cells, p.name) for p in self.platforms})
 
@@ -514,7 +513,7 @@ class _Assessing:
             counts = sorted({int(n) for r in records for n in r.scaling["rounds"]} - {1}) or [spec.processes]
             for n in counts:
                 pairs = [
-                    (_rate(one), _rate(several))
+                    (lockin.timed_rate(one), lockin.timed_rate(several))
                     for r in records
                     for one, several in zip(*(r.scaling["rounds"].get(str(k), ()) for k in (1, n)), strict=True)
                 ]
@@ -936,11 +935,6 @@ def _work(spec: Spec) -> str:
 
 def _plain(spec: Spec) -> Spec:
     return replace(spec, blocks=0, perturbed=0)
-
-
-def _rate(timed: Mapping[str, Any]) -> float:
-    """Images per second of one round's blocks."""
-    return float(timed["batch"] * timed["steps"] / median(timed["seconds"]))
 
 
 def _features(figure: Figure) -> list[tuple[str, str]]:

@@ -225,6 +225,15 @@ class Scaling:
     sent: Value
     bus: Sequence[tuple[str, Value]]
 
+    @property
+    def group(self) -> str:
+        return f"{self.processes} processes, {self.way}, batch {self.batch}" + (" each" if self.way == "data" else "")
+
+    @property
+    def kind(self) -> str:
+        """Its collective library, and whether it is a check and no figure."""
+        return self.collectives + (": a functional check" if self.one_device else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

@@ -73,19 +73,19 @@ def scale(
 
 def _lines(record: Record) -> list[str]:
     """What the record tells, for people."""
-    from portnet.lockin import bus_bandwidth
+    from portnet.lockin import bus_bandwidth, timed_rate
+    from portnet.scaling import TOGETHER
 
     told, spec = record.scaling, record.spec
     if record.outcome != "works":
         return [f"{spec.stack}, {spec.parallel}: {record.outcome}. {record.reason} {record.remedy}".rstrip()]
     gate = record.gates["agreement"]
     made = [
-        f"{spec.stack}, {spec.parallel}, by {told['collectives']}: the same network as one process's; after 3 steps "
-        f"{gate['what']} differs most, by {gate['error']:.1e} of its change ({gate['allowed']:g} allowed)"
+        f"{spec.stack}, {spec.parallel}, by {told['collectives']}: the same network as one process's; after "
+        f"{TOGETHER} steps {gate['what']} differs most, by {gate['error']:.1e} of its change "
+        f"({gate['allowed']:g} allowed)"
     ]
-    rates = {
-        int(n): [t["batch"] * t["steps"] / median(t["seconds"]) for t in rounds] for n, rounds in told["rounds"].items()
-    }
+    rates = {int(n): [timed_rate(timed) for timed in rounds] for n, rounds in told["rounds"].items()}
     for n, found in sorted(rates.items()):
         shares = [a / b / n for a, b in zip(found, rates[1], strict=True)]
         made.append(

@@ -136,6 +136,11 @@ def figures(records: Sequence[Record]) -> list[Figure]:
     return [_figure(group) for group in _groups(records, lambda spec: replace(spec, blocks=0, perturbed=0))]
 
 
+def timed_rate(timed: Mapping[str, Any]) -> float:
+    """Images per second of the blocks of one round, an entry of ``rounds`` in `portnet.record.Record.scaling`."""
+    return float(timed["batch"] * timed["steps"] / median(timed["seconds"]))
+
+
 BUS: Mapping[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,

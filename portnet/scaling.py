@@ -13,20 +13,21 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from portnet import alexnet, images, launch, measurement, plugins, shards, weights
 from portnet.contract import Backend, Settings
 from portnet.errors import InputError, PortNetError, Unavailable, Unsupported, out_of_memory
 from portnet.graph import Graph
 from portnet.record import Record, Spec
-from portnet.workload import Say
+from portnet.workload import Say, effective
 
 TOGETHER = 3
 """Steps after which the small network's weights are compared."""
@@ -37,6 +38,7 @@ whole."""
 SIZES = (2**16, 2**20, 2**24, 2**26)
 """Bytes on which collective operations are timed alone."""
 REPEATS = 10
+WEIGHTS = "weights.safetensors"
 BLOCK = 0.1
 """Seconds that a timed block takes at least."""
 
@@ -64,12 +66,13 @@ def measure(spec: Spec, *, rounds: int = 3, timeout: float = 600.0, say: Say = l
         if spec.processes != towers.DEVICES:
             raise InputError(f"two towers take {towers.DEVICES} processes, not {spec.processes}")
     backend = plugins.backends()[spec.backend]
-    device = backend.check(_settings(spec, spec.processes), plugins.probe(backend))
+    settings = _settings(backend, spec, spec.processes)
+    device = backend.check(settings, plugins.probe(backend))
     scaling: dict[str, Any] = {"collectives": backend.collectives, "one_device": backend.one_device}
     found: dict[str, Any] = {
         "environment": measurement.environment(),
         "device": {"vendor": backend.vendor, "note": backend.note, **asdict(device)},
-        "effective": asdict(_settings(spec, spec.processes)),
+        "effective": asdict(settings),
     }
     gates: dict[str, Any] = {}
     timed: dict[int, list[dict[str, Any]]] = {n: [] for n in counts(spec)}
@@ -86,9 +89,9 @@ def measure(spec: Spec, *, rounds: int = 3, timeout: float = 600.0, say: Say = l
                     return Record(spec=spec, gates=gates, scaling=scaling, **found, **failure)
                 if n == 1:
                     steps = told["steps"]
-                    alone = _read(Path(folder))
+                    alone = load_file(Path(folder) / WEIGHTS)
                 elif "agreement" not in gates and n == spec.processes:
-                    gates["agreement"] = _agreement(spec, alone, _read(Path(folder)))
+                    gates["agreement"] = _agreement(spec, alone, load_file(Path(folder) / WEIGHTS))
                     if not gates["agreement"]["passed"]:
                         reason = "{what} after {steps} steps: {error:.3g} of its change away from one process's".format(
                             steps=TOGETHER, **gates["agreement"]
@@ -101,15 +104,9 @@ def measure(spec: Spec, *, rounds: int = 3, timeout: float = 600.0, say: Say = l
     return Record(spec=spec, outcome="works", gates=gates, scaling=scaling, **found)
 
 
-def _settings(spec: Spec, processes: int) -> Settings:
-    return Settings(
-        precision=spec.precision,
-        formulation=spec.formulation,
-        seed=spec.seed,
-        engine=spec.engine,
-        channels_last=spec.channels_last,
-        parallel=spec.parallel if processes > 1 else "",  # type: ignore[arg-type]
-    )
+def _settings(backend: Backend, spec: Spec, processes: int) -> Settings:
+    settings, _ = effective(backend, spec)
+    return replace(settings, parallel=spec.parallel if processes > 1 else "")  # type: ignore[arg-type]
 
 
 def _small(spec: Spec) -> Graph:
@@ -157,11 +154,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    with np.load(folder / "weights.npz") as stored:
-        return dict(stored)
-
-
 def _agreement(spec: Spec, alone: Mapping[str, Any], together: Mapping[str, Any]) -> dict[str, Any]:
     """How far the updates of the group are from those of one process."""
     start = weights.initial(_small(spec), spec.seed)
@@ -181,7 +173,8 @@ def _agreement(spec: Spec, alone: Mapping[str, Any], together: Mapping[str, Any]
 
 
 def _work(spec: Spec, steps: int, folder: Path, rank: int, size: int) -> dict[str, Any]:
-    backend, settings = plugins.backends()[spec.backend], _settings(spec, size)
+    backend = plugins.backends()[spec.backend]
+    settings = _settings(backend, spec, size)
     data = shards.load(spec.data).train
     graph = _small(spec)
     session = backend.open(graph, weights.initial(graph, spec.seed), settings)
@@ -193,7 +186,7 @@ def _work(spec: Spec, steps: int, folder: Path, rank: int, size: int) -> dict[st
         session.train_step(pixels, session.put(b.labels), session.put(b.ids), step=step, learning_rate=0.01)
     trained = session.weights()
     if rank == 0:
-        np.savez(folder / "weights.npz", **trained)  # type: ignore[arg-type]
+        save_file(trained, folder / WEIGHTS)
     session.close()
 
     graph = alexnet.graph(spec.preset, image_size=spec.image_size, classes=spec.classes)

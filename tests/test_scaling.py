@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from portnet import assess, lockin, record, scaling, weights
 from portnet.cli import main
@@ -82,7 +83,7 @@ def test_agreement():
 
 def test_another_network_is_wrong_and_has_no_figure(monkeypatch):
     def run(backend, spec, n, steps, folder, timeout):
-        np.savez(folder / "weights.npz", **trained(by=n))
+        save_file(trained(by=n), folder / scaling.WEIGHTS)
         return {"outcome": "works", "batch": 4, "steps": 1, "seconds": [0.1], "traffic": {}, "operations": {}}
 
     monkeypatch.setattr(scaling, "_run", run)

@@ -258,8 +258,8 @@ class _Markdown:
                 [
                     s.stack,
                     s.platform,
-                    f"{s.processes} processes, {s.way}, batch {s.batch}" + (" each" if s.way == "data" else ""),
-                    s.collectives + (": a functional check" if s.one_device else ""),
+                    s.group,
+                    s.kind,
                     s.outcome,
                     *(self.told(v, "rate") for v in (s.alone, s.together)),
                     self.told(s.efficiency, "share"),

@@ -485,7 +485,7 @@ class _Page:
         ]
 
     def _scaling(self) -> list[tuple[Cells, str, str]]:
-        """Each group with its way and number of processes, and whether it is a figure at all."""
+        """Each group with what it is and what its figures are."""
         made = []
         for s in sorted(self._kept(self.seen.scaling), key=self._place):
             bus = [
@@ -497,9 +497,7 @@ class _Page:
                 self._shown(s.sent, "bytes", "a count"),
                 ", ".join(bus) or "–",
             )
-            what = f"{s.processes} processes, {s.way}, batch {s.batch}" + (" each" if s.way == "data" else "")
-            kind = s.collectives + (": a functional check" if s.one_device else "")
-            made.append((Cells(heading=s.stack, below=", ".join(_apart(s)), cells=cells), what, kind))
+            made.append((Cells(heading=s.stack, below=", ".join(_apart(s)), cells=cells), s.group, s.kind))
         return made
 
     def _costs(self) -> Sheet | None:
