@@ -1,5 +1,6 @@
 """The commands that look at data sets and pack them."""
 
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -7,6 +8,7 @@ import click
 
 import portnet
 from portnet.console import show_progress
+from portnet.errors import PictureError
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(1)
@@ -24,7 +26,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("name", metavar="DATA")
-@click.option("--skip-unreadable", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
+@click.option("--skip-unreadable", is_flag=True, help="Exit with 0 all the same where pictures cannot be read.")
 @click.option("--batches", type=COUNT, help="Read that many training batches, for their SHA-256 and the speed.")
 @click.option("--preset", default="paper2012", show_default=True, help="Which network's pictures those are.")
 @click.option("--image-size", type=COUNT, help="Pixels a side; the preset's own by default.")
@@ -43,12 +45,17 @@ def check(
 ) -> None:
     """Read every picture of DATA: digits, synthetic, a folder of class/name.jpg, or one of shards.
 
-    Says how many there are and which cannot be read. Two machines that print the same SHA-256 train on the same pixels.
+    Says how many there are and which cannot be read; for those the exit status is 1. Two machines that print the same
+    SHA-256 train on the same pixels.
     """
     from portnet import loading
 
-    began = perf_counter()
-    splits = portnet.load_data(name, skip_unreadable=skip_unreadable)
+    began, refused = perf_counter(), False
+    try:
+        splits = portnet.load_data(name, skip_unreadable=skip_unreadable)
+    except PictureError:
+        refused = True
+        splits = portnet.load_data(name, skip_unreadable=True)
     seconds = perf_counter() - began
     for path in splits.skipped:
         click.echo(f"portnet: unreadable: {path}", err=True)
@@ -57,17 +64,17 @@ def check(
     click.echo(f"{train.name}: {len(train)} pictures to train on, {len(test)} to test on, {len(train.class_names)} "
                f"classes, {len(splits.skipped)} unreadable")  # fmt: skip
     click.echo(f"mean colour {red:.3f}, {green:.3f}, {blue:.3f}; opened in {seconds:.1f} s")
-    if batches is None:
-        return
-    graph = portnet.graph(preset, classes=len(train.class_names), mean=train.mean,
-                          **({"image_size": image_size} if image_size else {}))  # fmt: skip
-    with loading.Loader(train, workers=workers) as loader, show_progress(total=batches) as (_, advance):
-        began = perf_counter()
-        sha, done = loading.digest(
-            loader, graph, seed=seed, batch=batch, batches=batches, on_batch=lambda: advance("batches")
-        )
-        seconds = perf_counter() - began
-    click.echo(f"{done} batches of {batch}: {done * batch / seconds:.0f} images/s; SHA-256 {sha}")
+    if batches:
+        graph = portnet.graph(preset, classes=len(train.class_names), mean=train.mean,
+                              **({"image_size": image_size} if image_size else {}))  # fmt: skip
+        with loading.Loader(train, workers=workers) as loader, show_progress(total=batches) as (_, advance):
+            began = perf_counter()
+            sha, done = loading.digest(
+                loader, graph, seed=seed, batch=batch, batches=batches, on_batch=lambda: advance("batches")
+            )
+            seconds = perf_counter() - began
+        click.echo(f"{done} batches of {batch}: {done * batch / seconds:.0f} images/s; SHA-256 {sha}")
+    sys.exit(refused)
 
 
 @data.command()

@@ -42,6 +42,7 @@ _DIRECTIONS = np.array([[0.418, -0.817, 0.397], [-0.713, -0.024, 0.701], [-0.564
 _COLOUR_NOISE = 0.1  # the standard deviation of alpha [P]
 
 _LAYOUT = "a folder of pictures stored as class/name.jpg"
+_FOLDERS = f"{_LAYOUT}, a folder of tar shards"
 # torchvision's ImageFolder counts these as pictures.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -202,10 +203,10 @@ def load(data: str | os.PathLike[str], *, skip_unreadable: bool = False) -> Spli
     if root.is_dir():
         return _folder(root, skip_unreadable=skip_unreadable)
     if root.exists():
-        raise InputError(f"{root} is a file; expected {', '.join(map(repr, _BUILT_IN))} or {_LAYOUT}")
+        raise InputError(f"{root} is a file; expected {', '.join(map(repr, _BUILT_IN))}, {_FOLDERS}")
     if root.name == str(data):
-        raise UnknownName("data set", root.name, [*_BUILT_IN, _LAYOUT])
-    raise InputError(f"there is no folder {root}; expected {', '.join(map(repr, _BUILT_IN))} or {_LAYOUT}")
+        raise UnknownName("data set", root.name, [*_BUILT_IN, _FOLDERS])
+    raise InputError(f"there is no folder {root}; expected {', '.join(map(repr, _BUILT_IN))}, {_FOLDERS}")
 
 
 def read_picture(path: str | os.PathLike[str]) -> U8:

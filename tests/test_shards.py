@@ -355,6 +355,8 @@ def test_the_commands(folder, tmp_path):
         told.append(result.stdout.partition("SHA-256 ")[2])
     assert told[0] == told[1]
     assert len(told[0].strip()) == 64
-    assert "10.JPG" in run("check", folder, status=2).stderr
+    broken = run("check", folder, status=1)
+    assert "10.JPG" in broken.stderr
+    assert "1 unreadable" in broken.stdout
     assert "there is no folder" in run("check", tmp_path / "nothing", status=2).stderr
     assert "cannot be drawn from the 35" in run("check", tmp_path / "s", "--batches", 1, status=2).stderr
