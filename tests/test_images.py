@@ -170,7 +170,9 @@ def test_unknown_data_sets(tmp_path: Path) -> None:
         images.load("digit")
     with pytest.raises(UnknownName, match=r"class/name\.jpg.*digits.*synthetic"):
         images.load("zzz")
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere.*'digits', 'synthetic', a folder .* a folder of tar"):
+    with pytest.raises(
+        InputError, match=r"there is no folder .*nowhere.*'digits', 'synthetic', a folder .* a folder of tar"
+    ):
         images.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="is a file"):
         images.load(save(tmp_path / "one.png"))

@@ -1,0 +1,255 @@
+"""PortNet beside what people would write without it, in turns: ratios with intervals, and shares of the ceiling.
+
+    python benchmarks/against_peers.py train paper2012 --batch 128 --stacks cpu/eager/float32 cpu/eager/bfloat16
+    python benchmarks/against_peers.py infer paper2012 --batch 32 --stacks cpu/compile/bfloat16 openvino/eager/bfloat16
+
+The peers are the scripts in `benchmarks/peers`: PyTorch eager and compiled, in float32 and under bfloat16 autocast;
+JAX; for inference ONNX Runtime and OpenVINO. Each stack and each peer is a process; they are alive at once and take
+turns, block by block, forwards and backwards, in rounds of fresh processes. PortNet's pass their gates first. A peer's
+logits, from the same weights and images, must be those of PortNet's float32 to 1e-3 of the largest (bfloat16: 5e-2), or
+it is no peer and there is no figure.
+
+PortNet sets glibc's thresholds for its own processes (`portnet.launch.TUNABLES`); a peer runs as its user would start
+it, without them, except for `torch-tuned`, which is what PortNet does written directly against torch. The share of the
+ceiling is the layers' FLOPs over the time and over the matrix product that the PortNet process of the same precision
+measured; a ceiling of another precision is no ceiling, and the column stays empty.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from portnet import launch, measurement, onnx_export, plugins, stats, weights, workload
+from portnet.contract import Settings
+from portnet.graph import Dropout, Graph, Linear
+from portnet.record import Spec
+
+HERE = Path(__file__).parent / "peers"
+ALLOWED = {"float32": 1e-3, "bfloat16": 5e-2}
+BLOCK = 0.5
+"""Seconds that a peer's block takes at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A script of `benchmarks/peers`, what it is told, and the module without which it cannot run."""
+
+    script: str
+    precision: str
+    needs: str = "torch"
+    modes: tuple[str, ...] = ("train", "infer")
+    options: dict[str, Any] = field(default_factory=dict)
+    tunables: bool = False
+
+
+PEERS = {
+    "torch": Peer(script="torch_plain", precision="float32"),
+    "torch-autocast": Peer(script="torch_plain", precision="bfloat16"),
+    "torch-compile": Peer(script="torch_plain", precision="float32", options={"compile": True}),
+    "torch-compile-autocast": Peer(script="torch_plain", precision="bfloat16", options={"compile": True}),
+    "torch-tuned": Peer(script="torch_tuned", precision="float32", modes=("train",), tunables=True),
+    "torch-tuned-bfloat16": Peer(script="torch_tuned", precision="bfloat16", modes=("train",), tunables=True),
+    "jax": Peer(script="jax_plain", precision="float32", needs="jax"),
+    "jax-bfloat16": Peer(script="jax_plain", precision="bfloat16", needs="jax"),
+    "onnxruntime": Peer(
+        script="onnx_runtimes",
+        precision="float32",
+        needs="onnxruntime",
+        modes=("infer",),
+        options={"runtime": "onnxruntime"},
+    ),
+    "openvino": Peer(
+        script="onnx_runtimes", precision="float32", needs="openvino", modes=("infer",), options={"runtime": "openvino"}
+    ),
+    "openvino-bfloat16": Peer(
+        script="onnx_runtimes",
+        precision="bfloat16",
+        needs="openvino",
+        modes=("infer",),
+        options={"runtime": "openvino"},
+    ),
+}
+
+
+class Running:
+    """A peer's process."""
+
+    def __init__(self, name: str, asked: dict[str, Any]) -> None:
+        self.name, self.peer, self._asked = name, PEERS[name], asked
+        told = asked | {"precision": self.peer.precision, "options": asked["options"] | self.peer.options}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / f"{self.peer.script}.py"), json.dumps(told)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **({"GLIBC_TUNABLES": launch.TUNABLES} if self.peer.tunables else {})},
+        )
+        self._steps = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def prepare(self, expected: np.ndarray) -> None:
+        """Wait until it is open, hold its logits against those expected, and warm it up."""
+        self._answer()
+        logits = np.load(self._asked["logits"])
+        error = float(np.abs(logits - expected).max() / np.abs(expected).max())
+        if not error <= ALLOWED[self.peer.precision]:
+            raise SystemExit(f"{self.name} computes something else: its logits are off by {error:.1e}")
+        once = min(self._block() for _ in range(3))
+        self._steps = max(1, int(np.ceil(BLOCK / once)))
+        self._block()
+
+    def _block(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{self._steps}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def block(self) -> float:
+        """Seconds a step."""
+        return self._block() / self._steps
+
+
+def inverted(graph: Graph, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of the same function for dropout that scales in training: what is scaled in the test goes into them."""
+    found, scale = dict(values), 1.0
+    for layer in graph.layers:
+        if isinstance(layer, Dropout):
+            scale *= layer.test_scale
+        elif isinstance(layer, Linear):
+            found[f"{layer.name}.weight"] = found[f"{layer.name}.weight"] * np.float32(scale)
+            scale = 1.0
+    return found
+
+
+def spec_of(stack: str, args: argparse.Namespace) -> Spec:
+    return Spec(
+        **measurement.parse_stack(stack),
+        mode=args.mode,
+        preset=args.preset,
+        batch=args.batch,
+        image_size=args.image_size,
+        classes=1000,
+        data="synthetic",
+        blocks=args.blocks,
+        quick=True,
+        perturbed=0,
+    )
+
+
+def one_round(
+    args: argparse.Namespace, folder: Path, names: list[str], expected: np.ndarray, number: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds a step of each by turns, and the matrix product's FLOP/s by precision."""
+    asked = {"preset": args.preset, "mode": args.mode, "arrays": str(folder / "work.npz")}
+    asked["options"] = {"file": str(folder / "net.onnx"), "device": args.device}
+    order = [*args.stacks, *names] if number % 2 == 0 else [*names, *args.stacks]
+    with ExitStack() as stack:
+        open_: dict[str, Any] = {}
+        for name in order:
+            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
+            if name in args.stacks:
+                worker = launch.Worker(spec_of(name, args), detail=False, timeout=1200.0, say=lambda _: None)
+                open_[name] = stack.enter_context(worker)
+                if not worker.prepare():
+                    record = worker.finish({})
+                    raise SystemExit(f"{name}: {record.outcome}. {record.reason}")
+            else:
+                peer = Running(name, asked | {"logits": str(folder / f"{name}.npy")})
+                open_[name] = stack.enter_context(peer)
+                peer.prepare(expected)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for turn in range(args.blocks + 1):
+            for name in reversed(order) if launch.backwards(turn) else order:
+                found = open_[name].block() if turn or name not in args.stacks else open_[name].again()
+                if turn:
+                    seconds[name].append(found)
+        ceilings = {}
+        for name in args.stacks:
+            record = open_[name].finish({})
+            if record.outcome not in ("works", "unsteady"):
+                raise SystemExit(f"{name}: {record.outcome}. {record.reason}")
+            timed = record.samples[args.mode]
+            seconds[name] = [s / timed["steps"] for s in timed["seconds"]]
+            ceilings[record.spec.precision] = max(ceilings.get(record.spec.precision, 0), record.ceilings["flops"] or 0)
+    return seconds, ceilings
+
+
+def peers_of(args: argparse.Namespace) -> Iterator[str]:
+    for name in args.peers or PEERS:
+        if args.mode not in PEERS[name].modes:
+            continue
+        if find_spec(PEERS[name].needs):
+            yield name
+        else:
+            print(f"{name}: not here; pip install {PEERS[name].needs}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["train", "infer"])
+    parser.add_argument("preset", choices=["paper2012", "torchvision"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--stacks", nargs="+", default=["cpu/eager/float32"])
+    parser.add_argument("--peers", nargs="*", choices=sorted(PEERS), help="these alone; all that are here by default")
+    parser.add_argument("--device", default="cpu", help="of the torch scripts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=6)
+    args = parser.parse_args()
+    names = list(peers_of(args))
+
+    spec = spec_of(args.stacks[0], args)
+    work = workload.AlexNet(spec)
+    images, labels, _ = next(work.batches(args.batch))
+    start = weights.initial(work.graph, spec.seed)
+    with closing(plugins.backends()["cpu"].open(work.graph, start, Settings())) as session:
+        expected = session.get(session.infer(session.put(images)))
+    with tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
+        np.savez(folder / "work.npz", **inverted(work.graph, start), **{".images": images, ".labels": labels})
+        if any("runtime" in PEERS[name].options for name in names):
+            onnx_export.export(work.graph, start, folder / "net.onnx")
+        rounds = [one_round(args, folder, names, expected, number) for number in range(args.rounds)]
+
+    first = args.stacks[0]
+    flops = work.graph.cost(args.batch, training=args.mode == "train").flops
+    print(f"{args.mode} {args.preset}, batch {args.batch}, {args.rounds} rounds of {args.blocks} blocks")
+    print(f"{'':<28}{'images/s':>10}{'  of the ceiling':>16}   time as a multiple of {first}'s, 95% interval")
+    for name in [*args.stacks, *names]:
+        precision = PEERS[name].precision if name in PEERS else spec_of(name, args).precision
+        seconds = [s[name] for s, _ in rounds]
+        shares = [flops / np.median(s[name]) / c[precision] for s, c in rounds if c.get(precision)]
+        found = stats.compare([s[first] for s, _ in rounds], seconds)
+        between = f" ({found.low:.3g} to {found.high:.3g})" if found.low is not None else ""
+        share = f"{np.median(shares):.0%}" if shares else ""
+        rate = args.batch / np.median(np.concatenate(seconds))
+        print(f"{name:<28}{rate:>10.3g}{share:>16}   {found.ratio:.3g}{between} {found.verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The scripts that PortNet is compared with do the same work, or are refused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from portnet import philox
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(*arguments, script=None):
+    command = [sys.executable, script or BENCHMARKS / "against_peers.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
+
+
+def rates(done):
+    assert done.returncode == 0, done.stderr
+    return {name: float(rate) for name, rate in re.findall(r"^(\S+) +([\d.e+]+) ", done.stdout, re.M)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        (["train", "torchvision", "--peers", "torch", "torch-tuned-bfloat16"], ["torch", "torch-tuned-bfloat16"]),
+        (["infer", "paper2012", "--peers", "torch", "onnxruntime"], ["torch", "onnxruntime"]),
+    ],
+    ids=["train", "infer"],
+)
+def test_peers_take_turns_with_portnet(asked, names):
+    found = rates(run(*asked, "--batch", 1, "--rounds", 1, "--blocks", 1))
+    assert list(found) == ["cpu/eager/float32", *names]
+    assert min(found.values()) > 0
+
+
+def test_a_peer_that_computes_something_else_has_no_figure(tmp_path):
+    for path in (BENCHMARKS / "against_peers.py", *(BENCHMARKS / "peers").glob("*.py")):
+        target = tmp_path / path.relative_to(BENCHMARKS)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text().replace("5, 5e-4, 0.75, 2.0)", "5, 5e-3, 0.75, 2.0)"))
+    asked = ["infer", "paper2012", "--peers", "torch", "--batch", 1, "--rounds", 1, "--blocks", 1]
+    done = run(*asked, script=tmp_path / "against_peers.py")
+    assert done.returncode == 1
+    assert "torch computes something else: its logits are off by" in done.stderr
+    assert "images/s" not in done.stdout
+
+
+def test_the_tuned_script_draws_portnets_masks(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    import torch_tuned
+
+    ids = np.array([0, 1, 77, 1_281_166])
+    for layer, count in ((0, 4096), (1, 9216)):
+        drawn = torch_tuned.philox(torch.tensor(ids), 12, philox.Stream.DROPOUT + layer, count).numpy()
+        np.testing.assert_array_equal(drawn, philox.keep_mask(0, layer, ids, 12, count, 0.5))
