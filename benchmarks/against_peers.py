@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -54,6 +55,7 @@ class Peer:
     tunables: bool = False
 
 
+FILE = "onnx_runtimes"
 PEERS = {
     "torch": Peer(script="torch_plain", precision="float32"),
     "torch-autocast": Peer(script="torch_plain", precision="bfloat16"),
@@ -63,23 +65,9 @@ PEERS = {
     "torch-tuned-bfloat16": Peer(script="torch_tuned", precision="bfloat16", modes=("train",), tunables=True),
     "jax": Peer(script="jax_plain", precision="float32", needs="jax"),
     "jax-bfloat16": Peer(script="jax_plain", precision="bfloat16", needs="jax"),
-    "onnxruntime": Peer(
-        script="onnx_runtimes",
-        precision="float32",
-        needs="onnxruntime",
-        modes=("infer",),
-        options={"runtime": "onnxruntime"},
-    ),
-    "openvino": Peer(
-        script="onnx_runtimes", precision="float32", needs="openvino", modes=("infer",), options={"runtime": "openvino"}
-    ),
-    "openvino-bfloat16": Peer(
-        script="onnx_runtimes",
-        precision="bfloat16",
-        needs="openvino",
-        modes=("infer",),
-        options={"runtime": "openvino"},
-    ),
+    "onnxruntime": Peer(script=FILE, precision="float32", needs="onnxruntime", modes=("infer",)),
+    "openvino": Peer(script=FILE, precision="float32", needs="openvino", modes=("infer",)),
+    "openvino-bfloat16": Peer(script=FILE, precision="bfloat16", needs="openvino", modes=("infer",)),
 }
 
 
@@ -88,7 +76,8 @@ class Running:
 
     def __init__(self, name: str, asked: dict[str, Any]) -> None:
         self.name, self.peer, self._asked = name, PEERS[name], asked
-        told = asked | {"precision": self.peer.precision, "options": asked["options"] | self.peer.options}
+        options = asked["options"] | {"runtime": self.peer.needs} | self.peer.options
+        told = asked | {"precision": self.peer.precision, "options": options}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / f"{self.peer.script}.py"), json.dumps(told)],
             stdin=subprocess.PIPE,
@@ -113,7 +102,7 @@ class Running:
         return json.loads(line)
 
     def prepare(self, expected: np.ndarray) -> None:
-        """Wait until it is open, hold its logits against those expected, and warm it up."""
+        """Wait until it is open, hold its logits against those expected, and see how many steps fill a block."""
         self._answer()
         logits = np.load(self._asked["logits"])
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
@@ -121,7 +110,6 @@ class Running:
             raise SystemExit(f"{self.name} computes something else: its logits are off by {error:.1e}")
         once = min(self._block() for _ in range(3))
         self._steps = max(1, int(np.ceil(BLOCK / once)))
-        self._block()
 
     def _block(self) -> float:
         assert self._process.stdin is not None
@@ -132,6 +120,10 @@ class Running:
     def block(self) -> float:
         """Seconds a step."""
         return self._block() / self._steps
+
+    def again(self) -> None:
+        """One block that is not counted."""
+        self._block()
 
 
 def inverted(graph: Graph, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -185,28 +177,36 @@ def one_round(
         seconds: dict[str, list[float]] = defaultdict(list)
         for turn in range(args.blocks + 1):
             for name in reversed(order) if launch.backwards(turn) else order:
-                found = open_[name].block() if turn or name not in args.stacks else open_[name].again()
+                time.sleep(launch.SETTLE)
                 if turn:
-                    seconds[name].append(found)
+                    seconds[name].append(open_[name].block())
+                else:
+                    open_[name].again()
         ceilings = {}
         for name in args.stacks:
             record = open_[name].finish({})
             if record.outcome not in ("works", "unsteady"):
                 raise SystemExit(f"{name}: {record.outcome}. {record.reason}")
-            timed = record.samples[args.mode]
-            seconds[name] = [s / timed["steps"] for s in timed["seconds"]]
+            steps = record.samples[args.mode]["steps"]
+            seconds[name] = [s / steps for s in seconds[name]]
             ceilings[record.spec.precision] = max(ceilings.get(record.spec.precision, 0), record.ceilings["flops"] or 0)
     return seconds, ceilings
 
 
 def peers_of(args: argparse.Namespace) -> Iterator[str]:
+    """Those that were asked for, or all that are here. Ends the program for one that was asked for and cannot run."""
     for name in args.peers or PEERS:
+        missing = ""
         if args.mode not in PEERS[name].modes:
-            continue
-        if find_spec(PEERS[name].needs):
+            missing = f"it does not {args.mode}"
+        elif not find_spec(PEERS[name].needs):
+            missing = f"not here; pip install {PEERS[name].needs}"
+        if not missing:
             yield name
+        elif args.peers:
+            raise SystemExit(f"{name}: {missing}")
         else:
-            print(f"{name}: not here; pip install {PEERS[name].needs}", file=sys.stderr)
+            print(f"{name}: {missing}", file=sys.stderr)
 
 
 def main() -> None:
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--stacks", nargs="+", default=["cpu/eager/float32"])
     parser.add_argument("--peers", nargs="*", choices=sorted(PEERS), help="these alone; all that are here by default")
-    parser.add_argument("--device", default="cpu", help="of the torch scripts")
+    parser.add_argument("--device", default="cpu", help="of torch and torch-compile")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=6)
     args = parser.parse_args()
@@ -232,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         np.savez(folder / "work.npz", **inverted(work.graph, start), **{".images": images, ".labels": labels})
-        if any("runtime" in PEERS[name].options for name in names):
+        if any(PEERS[name].script == FILE for name in names):
             onnx_export.export(work.graph, start, folder / "net.onnx")
         rounds = [one_round(args, folder, names, expected, number) for number in range(args.rounds)]
 

@@ -58,7 +58,7 @@ def load(asked: Asked) -> nn.Sequential:
 
 
 def open_(asked: Asked) -> Opened:
-    device = asked.options.get("device", "cpu")
+    device = asked.options["device"]
     model = load(asked).to(device)
     images, labels = torch.from_numpy(asked.images).to(device), torch.from_numpy(asked.labels).to(device)
     run = torch.compile(model) if asked.options.get("compile") else model

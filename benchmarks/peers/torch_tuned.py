@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch_plain import NETWORKS
+from torch_plain import load
 from turns import Asked, Opened, serve
 
 RATE = 1e-12
@@ -83,9 +83,10 @@ def philox(ids: torch.Tensor, step: int, stream: int, count: int) -> torch.Tenso
 
 def open_(asked: Asked) -> Opened:
     dtype = torch.bfloat16 if asked.precision == "bfloat16" else torch.float32
-    layout = torch.channels_last if asked.options.get("channels_last") else torch.contiguous_format
+    if asked.options["device"] != "cpu":
+        raise SystemExit("torch_tuned is written for the CPU alone")
     parts, dropped, channels = [], [], 3
-    for layer in NETWORKS[asked.preset]():
+    for layer in load(asked):
         channels = getattr(layer, "out_channels", channels)
         if type(layer).__name__ == "Norm":
             layer = Norm(channels)
@@ -93,10 +94,6 @@ def open_(asked: Asked) -> Opened:
             dropped.append(layer := Dropped())
         parts.append(layer)
     model = nn.Sequential(*parts)
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), asked.weights.values(), strict=True):
-            parameter.copy_(torch.from_numpy(value))
-    model.to(memory_format=layout)  # type: ignore[call-overload]
     weights = dict(model.named_parameters())
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     images, labels = torch.from_numpy(asked.images), torch.from_numpy(asked.labels)
@@ -106,8 +103,7 @@ def open_(asked: Asked) -> Opened:
 
     def forward() -> torch.Tensor:
         operands = {name: w.to(dtype) for name, w in weights.items()}
-        x = images.to(dtype).contiguous(memory_format=layout)
-        return torch.func.functional_call(model, operands, (x,)).float()
+        return torch.func.functional_call(model, operands, (images.to(dtype),)).float()
 
     def train(count: int) -> None:
         nonlocal done
