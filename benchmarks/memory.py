@@ -3,8 +3,8 @@
     python benchmarks/memory.py paper2012 --batch 128 --precision float32 --steps 200
 
 Prints, layer by layer, the bytes that autograd keeps from the forward pass for the backward one (each storage once,
-with the layer that kept it first; weights and what is made of them apart), then the highest resident memory of one step
-and of all, and what was resident after the tenth step and after the last. Exit status 1 if that grew by more than 2%.
+with the layer that kept it first; weights and what is made of them apart), then the highest resident memory over all
+steps, and what was resident after the tenth step and after the last. Exit status 1 if that grew by more than 2%.
 On a device with memory of its own the peak is the device's.
 """
 
@@ -20,6 +20,7 @@ import torch
 from portnet import plugins, weights, workload
 from portnet.contract import Settings
 from portnet.record import Spec
+from portnet.watch import peak_memory
 
 GROWTH = 0.02
 
@@ -88,10 +89,7 @@ def main() -> None:
         if step == min(10, args.steps):
             early = process.memory_info().rss
     late = process.memory_info().rss
-    status = Path("/proc/self/status")
-    highest = next((ln.split()[1] for ln in status.read_text().splitlines() if ln.startswith("VmHWM")), None) if (
-        status.exists()) else None  # fmt: skip
-    peak = session.peak_memory() or (int(highest) * 1024 if highest else None)
+    peak = session.peak_memory() or peak_memory()
     print(f"highest in {args.steps} steps: {f'{peak / 1e6:.0f} MB' if peak else 'not known'}")
     print(
         f"resident after step {min(10, args.steps)}: {early / 1e6:.0f} MB, after step {args.steps}: {late / 1e6:.0f} MB"

@@ -131,7 +131,7 @@ def available_memory(proc: Path = _PROC) -> int:
     return min(left)
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
     """Most bytes of host memory that this process has held at once since it started."""
     # Linux carries ru_maxrss over from the process that started this one; VmHWM starts anew.
     kib = next((int(line.split()[1]) for line in _read(_PROC / "status").splitlines() if line[:6] == "VmHWM:"), None)
@@ -326,7 +326,7 @@ class Watch:
             "telemetry": self._values.summary(),
             "faults": {name: usage.get(name) for name in ("minor", "major")},
             "switches": {name: usage.get(name) for name in ("voluntary", "involuntary")},
-            "peak_memory": _peak_memory(),
+            "peak_memory": peak_memory(),
         }
 
     def _foreign(self) -> dict[str, Any]:

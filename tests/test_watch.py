@@ -303,9 +303,9 @@ def test_counts_are_not_mixed_up(monkeypatch):
 def test_peak_memory_is_our_own():
     """Linux hands ru_maxrss down to children."""
     large = np.ones(40_000_000)
-    code = "from portnet import watch\nprint(watch._peak_memory())"
+    code = "from portnet import watch\nprint(watch.peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert watch._peak_memory() > large.nbytes
+    assert watch.peak_memory() > large.nbytes
     assert 5e6 < int(done.stdout) < large.nbytes
 
 
