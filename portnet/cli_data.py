@@ -53,8 +53,8 @@ def check(
     began, refused = perf_counter(), False
     try:
         splits = portnet.load_data(name, skip_unreadable=skip_unreadable)
-    except PictureError:
-        refused = True
+    except PictureError:  # what training stops for; what was left out of shards when they were packed, it does not
+        began, refused = perf_counter(), True
         splits = portnet.load_data(name, skip_unreadable=True)
     seconds = perf_counter() - began
     for path in splits.skipped:
