@@ -78,14 +78,16 @@ class FakeRemembersTheLast(FakeRemembers):
 
 
 class FakeSlowing(FakeHonest):
-    """Every step takes a little longer than the one before."""
+    """Every step takes 2% longer than the one before: far beyond what a busy machine hides.
+
+    It sleeps for longer than it computes, since a machine with other work lengthens what is computed.
+    """
 
     steps = 0
 
     def infer(self, images):
-        # Gates and warm-up are some hundred steps.
         self.steps += 1
-        time.sleep(0.02 + 4e-4 * self.steps)
+        time.sleep(0.04 * 1.02**self.steps)
         return super().infer(images)
 
 

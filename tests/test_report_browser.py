@@ -72,10 +72,13 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, pages: dict[str, str]) -> Iterator[Any]:
-    """Opens a page by its name; holds what it asked for, what it said, and what it saved."""
+    """Opens a page by its name; holds what it asked for, what it said, and what it saved.
+
+    `whole`: every section is laid out, as for one who has scrolled through all of it.
+    """
     contexts = []
 
-    def at(name: str, *, width: int = 1280, height: int = 900, **more: Any) -> Any:
+    def at(name: str, *, whole: bool = True, width: int = 1280, height: int = 900, **more: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **more)
         contexts.append(context)
         page = context.new_page()
@@ -85,6 +88,10 @@ def opened(browser: Any, pages: dict[str, str]) -> Iterator[Any]:
         page.on("pageerror", lambda error: seen.messages.append(str(error)))
         page.on("dialog", lambda dialog: (seen.messages.append(dialog.message), dialog.dismiss()))
         page.goto(pages[name], wait_until="load")
+        if whole:
+            page.evaluate(
+                "document.querySelectorAll('main > section').forEach(e => e.style.contentVisibility = 'visible')"
+            )
         return seen
 
     yield at
@@ -320,7 +327,7 @@ def test_no_other_script_may_run(opened: Any) -> None:
 
 
 def test_five_hundred_records_are_there_in_under_two_seconds(opened: Any, record_property: Any) -> None:
-    seen = opened("many")
+    seen = opened("many", whole=False)
     seen.page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
     timed = seen.page.evaluate(
         """() => ({
@@ -328,7 +335,10 @@ def test_five_hundred_records_are_there_in_under_two_seconds(opened: Any, record
             paint: performance.getEntriesByName("first-contentful-paint")[0].startTime / 1000,
         })"""
     )
-    assert seen.page.locator("#count").inner_text() == "500 of 500 rows"
+    seen.page.locator("#filters").scroll_into_view_if_needed()
+    from playwright.sync_api import expect
+
+    expect(seen.page.locator("#count")).to_have_text("500 of 500 rows", use_inner_text=True)
     began = seen.page.evaluate(
         """() => {
             const began = performance.now();
