@@ -30,18 +30,19 @@ class Lrn(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, band: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         with ieee():
-            factor = F.conv2d(wide * wide, band, groups=2).add_(2.0).pow_(-0.75)
-        ctx.save_for_backward(x, factor, band)
-        return (wide * factor).to(x.dtype)
+            root = F.conv2d(wide * wide, band, groups=2).add_(2.0).rsqrt_()
+        ctx.save_for_backward(x, root, band)
+        return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x, factor, band = ctx.saved_tensors
-        wide, g = x.float(), g.float()
-        outer = g * factor
+        x, root, band = ctx.saved_tensors
+        wide = x.float()
+        outer = root.sqrt().mul_(root).mul_(g)
         with ieee():
-            across = F.conv_transpose2d(outer * wide * factor.pow(1 / 0.75), band, groups=2)
-        return (outer - 1.5 * wide * across).to(x.dtype), None
+            # The band is symmetric: it is its own transpose.
+            across = F.conv2d((outer * wide).mul_(root).mul_(root), band, groups=2)
+        return outer.addcmul_(wide, across, value=-1.5).to(x.dtype), None
 
 
 class Norm(nn.Module):
