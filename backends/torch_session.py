@@ -42,34 +42,54 @@ DTYPES = {
 }
 
 
+CACHED = 2**20
+"""Values of LRN that a processor computes in one go: so few that those in between stay in its caches."""
+
+
 class _AcrossChannels(torch.autograd.Function):
-    """LRN as one 1x1 convolution with a banded matrix; only the input and d^-1/2 are kept for the backward pass.
+    """LRN as products with a banded matrix; only the input and d^-1/2 are kept for the backward pass.
 
     With ``d = k + B x^2`` and ``f = d^-beta``: ``y = x f`` and
-    ``dx = g f - 2 beta x B^T (g x f / d)``, where B holds alpha / size in its band. Sums of squares stay in float32
-    (float64 for float64), also where products may use TF32: their cancellation-free sums are LRN's whole meaning.
+    ``dx = g f - 2 beta x B^T (g x f / d)``, where B holds alpha / size in its band, (groups, width, width). Sums of
+    squares stay in float32 (float64 for float64), also where products may use TF32: their cancellation-free sums are
+    LRN's whole meaning. A processor takes some images after the others, other devices all at once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, band: Tensor, groups: int, beta: float, k: float) -> Tensor:
-        wide = x.to(band.dtype)
-        with fp32_precision("ieee"):
-            root = F.conv2d(wide * wide, band, groups=groups).add_(k).rsqrt_()
+    def forward(ctx: Any, x: Tensor, band: Tensor, beta: float, k: float) -> Tensor:
+        y, root = torch.empty_like(x), torch.empty_like(x, dtype=band.dtype)
+        for part in _parts(x):
+            wide = x[part].to(band.dtype)
+            torch.rsqrt(_banded(wide * wide, band).add_(k), out=root[part])
+            y[part] = _factor(root[part], beta).mul_(wide)
         ctx.save_for_backward(x, root, band)
-        ctx.groups, ctx.beta = groups, beta
-        return _factor(root, beta).mul_(wide).to(x.dtype)
+        ctx.beta = beta
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         x, root, band = ctx.saved_tensors
-        wide = x.to(band.dtype)
-        outer = _factor(root, ctx.beta).mul_(g)
-        # Faster than a transposed convolution, which would apply B^T too.
-        transposed = band.unflatten(0, (ctx.groups, -1)).transpose(1, 2).flatten(0, 1)
-        with fp32_precision("ieee"):
-            across = F.conv2d((outer * wide).mul_(root).mul_(root), transposed, groups=ctx.groups)
-        return outer.addcmul_(wide, across, value=-2 * ctx.beta).to(x.dtype), None, None, None, None
+        dx = torch.empty_like(x)
+        for part in _parts(x):
+            wide, below = x[part].to(band.dtype), root[part]
+            outer = _factor(below, ctx.beta).mul_(g[part])
+            across = _banded((outer * wide).mul_(below).mul_(below), band.mT)
+            dx[part] = outer.addcmul_(wide, across, value=-2 * ctx.beta)
+        return dx, None, None, None
+
+
+def _parts(x: Tensor) -> list[slice]:
+    size = CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(i, i + max(1, size)) for i in range(0, len(x), max(1, size))]
+
+
+def _banded(x: Tensor, band: Tensor) -> Tensor:
+    """In each group of channels ``band`` times them, as a library does it faster: a product, or a 1x1 convolution."""
+    with fp32_precision("ieee"):
+        if x.is_contiguous():
+            return torch.matmul(band, x.unflatten(1, band.shape[:2]).flatten(3)).view(x.shape)
+        return F.conv2d(x, band.flatten(0, 1)[:, :, None, None], groups=len(band))
 
 
 def _factor(root: Tensor, beta: float) -> Tensor:
@@ -107,7 +127,7 @@ class LocalResponseNorm(nn.Module):
         channel = torch.arange(width, device="cpu")
         offset = channel[None, :] - channel[:, None] + layer.size // 2
         band = ((offset >= 0) & (offset < layer.size)).double() * (layer.alpha / layer.size)
-        self.register_buffer("band", band.repeat(layer.groups, 1)[:, :, None, None], persistent=False)
+        self.register_buffer("band", band.repeat(layer.groups, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stock:
@@ -119,7 +139,7 @@ class LocalResponseNorm(nn.Module):
             return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
         if self.traced:
             return _sum_across_channels(x, self.layer, self.band.dtype)
-        return _AcrossChannels.apply(x, self.band, self.layer.groups, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
+        return _AcrossChannels.apply(x, self.band, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
         return repr(self.layer)
@@ -194,6 +214,26 @@ class MaskedDropout(nn.Module):
         return repr(self.layer)
 
 
+class BlockConv(nn.Conv2d):
+    """A convolution with a stride as one of stride 1, on blocks of stride x stride pixels as channels (space to depth).
+
+    Its sums are the same, with zeros where the filter's last block goes beyond it. AlexNet's first convolution, 11x11
+    with stride 4 on 3 channels, becomes 3x3 on 48, and channels are what libraries fill their vectors and tiles with.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        before, blocks = int(padding), -(-k // stride)
+
+        def after(size: int) -> int:
+            return ((size + 2 * before - k) // stride + blocks) * stride - size - before
+
+        x = F.pad(x, (before, after(x.shape[3]), before, after(x.shape[2])))
+        beyond = blocks * stride - k
+        filters = F.pad(self.weight, (0, beyond, 0, beyond))
+        return F.conv2d(F.pixel_unshuffle(x, stride), F.pixel_unshuffle(filters, stride), self.bias)
+
+
 class UnfoldConv(nn.Conv2d):
     """A convolution as one batched unfold and one matrix product a group: what stands below a convolution library."""
 
@@ -252,7 +292,8 @@ def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool)
         case Pad():
             return nn.ZeroPad2d((0, layer.right, 0, layer.bottom))
         case Conv():
-            return CONVOLUTIONS.get(formulation, nn.Conv2d)(
+            in_blocks = formulation == "portable" and layer.stride > 1 and layer.groups == 1
+            return CONVOLUTIONS.get(formulation, BlockConv if in_blocks else nn.Conv2d)(
                 layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.padding, groups=layer.groups
             )
         case Linear():

@@ -28,10 +28,12 @@ from portnet_backends import torch_session
 from portnet_backends.cpu import Cpu
 from portnet_backends.reference import Reference
 from portnet_backends.torch_session import (
+    BlockConv,
     LocalResponseNorm,
     MaskedDropout,
     Network,
     SpatialResponseNorm,
+    UnfoldConv,
     fp32_precision,
 )
 
@@ -132,6 +134,29 @@ def test_lrn_is_torchs_within_each_tower(layer):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
 
 
+@LRNS
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("cached", "calls"), [(0, 5), (450, 3), (2**20, 1)])
+def test_lrn_takes_some_images_at_a_time_in_either_layout(layer, layout, cached, calls, monkeypatch):
+    """Of 5 images with 216 values each."""
+    seen = []
+    banded = torch_session._banded
+    monkeypatch.setattr(torch_session, "_banded", lambda x, band: seen.append(len(x)) or banded(x, band))
+    monkeypatch.setattr(torch_session, "CACHED", cached)
+    x = random_map(shape=(5, 8, 3, 9)).detach().contiguous(memory_format=layout).requires_grad_()
+    g = random_map(seed=1, shape=x.shape).detach()
+    y, expected = response(layer)(x), response(layer, stock=True)(x)
+    assert y.is_contiguous(memory_format=layout)
+    found, wanted = (torch.autograd.grad(z, x, g)[0] for z in (y, expected))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert (len(seen), sum(seen)) == (2 * calls, 10)
+
+
+def test_lrn_of_no_image():
+    assert response(LRN(name="n", alpha=2.0, k=2.0))(random_map(shape=(0, 8, 3, 9))).shape == (0, 8, 3, 9)
+
+
 WITHIN = pytest.mark.parametrize(
     "layer", [SpatialLRN(name="n", alpha=2.0), SpatialLRN(name="n", alpha=1.0, k=2.0, size=3, beta=0.5)]
 )
@@ -230,7 +255,46 @@ def test_lrn_moves_and_casts_with_its_module_but_is_no_state():
     assert (module.band.dtype, module.double().band.dtype) == (torch.float64, torch.float64)
     assert module.float().band.dtype == torch.float32
     assert (list(module.state_dict()), list(module.parameters())) == ([], [])
-    assert module.band.shape == (8, 4, 1, 1)
+    assert module.band.shape == (2, 4, 4)
+
+
+# Convolution.
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [
+        (11, 4, 0, (27, 27)),
+        (11, 4, 2, (24, 25)),
+        (3, 2, 0, (6, 7)),
+        (2, 3, 1, (8, 9)),
+        (4, 2, 1, (9, 4)),
+        (1, 2, 0, (5, 6)),
+    ],
+)
+def test_a_convolution_in_blocks_is_the_convolution(kernel, stride, padding, size, layout):
+    arguments = (3, 5, kernel, stride, padding)
+    plain, blocks = torch.nn.Conv2d(*arguments).double(), BlockConv(*arguments).double()
+    blocks.load_state_dict(plain.state_dict())
+    x = random_map(shape=(2, 3, *size)).detach().contiguous(memory_format=layout).requires_grad_()
+    expected, y = (module.to(memory_format=layout)(x) for module in (plain, blocks))
+    assert y.shape == expected.shape
+    g = random_map(seed=1, shape=y.shape).detach()
+    found, wanted = (
+        torch.autograd.grad(z, [x, *module.parameters()], g) for z, module in ((y, blocks), (expected, plain))
+    )
+    for a, b in zip((y, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("formulation", "kind"), [("portable", BlockConv), ("stock", torch.nn.Conv2d), ("unfold", UnfoldConv)]
+)
+def test_the_portable_formulation_convolves_with_a_stride_in_blocks(formulation, kind):
+    network = Network(GRAPH, formulation)
+    assert type(network.conv1) is kind
+    assert type(network.conv2) is (UnfoldConv if formulation == "unfold" else torch.nn.Conv2d)
 
 
 # Precision of float32 products.
@@ -326,8 +390,13 @@ def test_float32_means_float32_whatever_the_process_asks():
 
 @modern
 @pytest.mark.usefixtures("settings_of_torch")
-def test_lrn_sums_in_float32_also_where_products_may_use_tf32(monkeypatch):
-    x, module, seen = random_map(), response(LRN(name="n", alpha=2.0, k=2.0)), []
+@pytest.mark.parametrize(
+    ("layout", "holder", "name"),
+    [(torch.contiguous_format, torch, "matmul"), (torch.channels_last, F, "conv2d")],
+)
+def test_lrn_sums_in_float32_also_where_products_may_use_tf32(layout, holder, name, monkeypatch):
+    x = random_map().detach().contiguous(memory_format=layout).requires_grad_()
+    module, seen = response(LRN(name="n", alpha=2.0, k=2.0)), []
 
     def spied(function):
         def spy(*args, **kwargs):
@@ -336,7 +405,7 @@ def test_lrn_sums_in_float32_also_where_products_may_use_tf32(monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(F, "conv2d", spied(F.conv2d))
+    monkeypatch.setattr(holder, name, spied(getattr(holder, name)))
     with fp32_precision("tf32"):
         module(x).sum().backward()
     assert seen == 2 * [dict.fromkeys(HOLDERS, "ieee")]
