@@ -1,6 +1,8 @@
 """A graph as a plain ``nn.Module``, and its session on one torch device."""
 
+import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 
 from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
 from portnet.errors import InputError, PortNetError
@@ -440,6 +443,11 @@ def device_capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tenso
     return graph.replay, output
 
 
+def _lying_like(other: Tensor, x: Tensor) -> Tensor:
+    """`x` in the layout of `other`, as torch's fused operators need it, which go through memory and not by index."""
+    return x if x.stride() == other.stride() else torch.empty_like(other).copy_(x)
+
+
 class Captured:
     """`function` of tensors captured once for each of its inputs' shapes, and replayed.
 
@@ -513,6 +521,10 @@ class TorchSession(Session):
         # how many without an overflow it is doubled.
         float16 = self.dtype == torch.float16
         self.loss_scale = torch.tensor([1.0, 0.0, 1.0], device=self.device) if float16 else None
+        # Elsewhere the rate stays on the device, and compilers fuse the update themselves.
+        self._at_once = (
+            self.device.type == "cpu" and settings.engine == "eager" and settings.precision in ("float32", "bfloat16")
+        )
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
@@ -736,6 +748,9 @@ class TorchSession(Session):
     ) -> None:
         momentum: float | Tensor = self.recipe.momentum
         moved: Tensor | None = None
+        if self._at_once and momentum:
+            self._update_at_once(parameters, velocity, gradients, float(rate))
+            return
         if self.loss_scale is not None:
             gradients, rate, momentum, moved = self._check_overflow(gradients, rate, self.loss_scale)
         for name, gradient in gradients.items():
@@ -743,6 +758,32 @@ class TorchSession(Session):
             v, w = velocity[name], parameters[name]
             v.mul_(momentum).addcmul_(w, rate, value=-decay * scale).addcmul_(gradient, rate, value=-scale)
             w.add_(v) if moved is None else w.addcmul_(v, moved)
+
+    def _update_at_once(
+        self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: float
+    ) -> None:
+        """The same in one pass over memory instead of four, by torch's fused SGD; the gradients are overwritten.
+
+        Its own rule is ``v = m v + (g / s + d w); w = w - r v``, which is 2012's for ``s = -1 / rate``,
+        ``d = -rate decay`` and ``r = -1``.
+        """
+        alike: dict[tuple[float, float], list[str]] = defaultdict(list)
+        for name in gradients:
+            alike[self.recipe.coefficients(name, rate)].append(name)
+        for (at, decay), names in alike.items():
+            sgd(
+                [parameters[name] for name in names],
+                [_lying_like(parameters[name], gradients[name]) for name in names],
+                [velocity[name] for name in names],
+                fused=True,
+                grad_scale=torch.tensor(-1 / at if at else -math.inf),
+                weight_decay=-at * decay,
+                momentum=self.recipe.momentum,
+                lr=-1.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
     def _check_overflow(
         self, gradients: dict[str, Tensor], rate: Tensor, loss_scale: Tensor
