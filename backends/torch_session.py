@@ -140,7 +140,7 @@ class LocalResponseNorm(nn.Module):
                 for t in towers
             ]
             return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
-        if self.traced:
+        if self.traced or torch.compiler.is_compiling():
             return _sum_across_channels(x, self.layer, self.band.dtype)
         return _AcrossChannels.apply(x, self.band, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
 

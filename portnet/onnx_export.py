@@ -42,7 +42,7 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 PICTURES, PROBABILITIES = "pictures", "probabilities"
 """The ends of a model that prepares its pictures itself, and of one that ends in a softmax."""
 OPSET = 17
-OLDEST_OPSET = 13  # Pad and Split take their amounts as inputs from here on.
+OLDEST_OPSET = 13  # Pad takes its amounts as inputs, and Softmax goes along one axis, from here on.
 OLDEST_IR = 8
 SEAL = "sha256"
 """The key of the entry of metadata that ends every file."""
@@ -297,7 +297,7 @@ class _Body:
             case ReLU():
                 self.node("Relu", [x], y)
             case LRN() as lrn:
-                self._lrn(lrn, shape[0], x, y)
+                self._lrn(lrn, shape, x, y)
             case SpatialLRN() as lrn:
                 self._spatial(lrn, x, y)
             case MaxPool(kernel=kernel, stride=stride):
@@ -323,7 +323,7 @@ class _Body:
                 raise Unsupported(f"{name} cannot be written to ONNX: there is no lowering of {type(layer).__name__}")
         return True
 
-    def _lrn(self, lrn: LRN, channels: int, x: str, y: str) -> None:
+    def _lrn(self, lrn: LRN, shape: tuple[int, ...], x: str, y: str) -> None:
         if lrn.size % 2 == 0:
             raise Unsupported(
                 f"{lrn.name} cannot be written to ONNX: its window of {lrn.size} channels is even, and ONNX centres "
@@ -336,7 +336,7 @@ class _Body:
         if lrn.groups == 1:
             self.node("LRN", [x], y, **settings)
         else:
-            self._towers(lrn, channels, x, y, **settings)
+            self._towers(lrn, shape, x, y, **settings)
         if self.half:
             self.node("Cast", [y], narrow, to=10)  # TensorProto.FLOAT16
 
@@ -345,12 +345,15 @@ class _Body:
         if self.half:
             x, narrow = self.node("Cast", [x], f"{name}.wide", to=1), y  # TensorProto.FLOAT
             y = f"{name}.scaled"
-        alpha, k, power = (
+        # A runtime told to compute in float16 throughout squares in it too, which overflows above 255: so a sixteenth
+        # is squared, and alpha is 256 times as large. Powers of two change nothing in float32.
+        alpha, k, power, part = (
             self.constant(f"{name}.{kind}", np.array(value, np.float32), wide=True)
-            for kind, value in (("alpha", lrn.alpha), ("k", lrn.k), ("power", -lrn.beta))
+            for kind, value in (("alpha", 256 * lrn.alpha), ("k", lrn.k), ("power", -lrn.beta), ("part", 1 / 16))
         )
         around = {"kernel_shape": [lrn.size] * 2, "strides": [1, 1], "pads": [lrn.size // 2] * 4}
-        self.node("Mul", [x, x], f"{name}.squares")
+        self.node("Mul", [x, part], f"{name}.sixteenth")
+        self.node("Mul", [f"{name}.sixteenth"] * 2, f"{name}.squares")
         self.node("AveragePool", [f"{name}.squares"], f"{name}.averages", count_include_pad=1, **around)
         self.node("Mul", [f"{name}.averages", alpha], f"{name}.moved")
         self.node("Add", [f"{name}.moved", k], f"{name}.base")
@@ -359,15 +362,15 @@ class _Body:
         if self.half:
             self.node("Cast", [y], narrow, to=10)  # TensorProto.FLOAT16
 
-    def _towers(self, lrn: LRN, channels: int, x: str, y: str, **settings: Any) -> None:
-        # Windows must not reach over the seam between towers.
-        towers = [f"{lrn.name}.tower{i}" for i in range(lrn.groups)]
-        inputs = [f"{tower}.input" for tower in towers]
-        sizes = self.constant(f"{lrn.name}.split", np.full(lrn.groups, channels // lrn.groups, np.int64))
-        self.node("Split", [x, sizes], *inputs, axis=1)
-        for before, after in zip(inputs, towers, strict=True):
-            self.node("LRN", [before], after, **settings)
-        self.node("Concat", towers, y, axis=1)
+    def _towers(self, lrn: LRN, shape: tuple[int, ...], x: str, y: str, **settings: Any) -> None:
+        # Windows must not reach over the seam between towers, so each is an image of its own. That only reads memory
+        # in another way, where splitting and joining would copy it.
+        channels, *rest = shape
+        towers = self.constant(f"{lrn.name}.apart", np.array([-1, channels // lrn.groups, *rest], np.int64))
+        whole = self.constant(f"{lrn.name}.together", np.array([-1, channels, *rest], np.int64))
+        self.node("Reshape", [x, towers], f"{lrn.name}.towers")
+        self.node("LRN", [f"{lrn.name}.towers"], f"{lrn.name}.responses", **settings)
+        self.node("Reshape", [f"{lrn.name}.responses", whole], y)
 
 
 def _averages(pool: AdaptiveAvgPool, length: int) -> npt.NDArray[np.float32]:

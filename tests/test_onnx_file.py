@@ -190,7 +190,7 @@ def test_normalisation_within_maps_is_checked_number_by_number(tmp_path):
         return change
 
     assert opened(lambda made: None).graph == graph
-    assert opened(constant("mapnorm2.alpha", 0.001)).graph == graph
+    assert opened(constant("mapnorm2.alpha", 0.256)).graph == graph
     for name, value in (("alpha", 0.001 / 25), ("k", 2.0), ("power", -0.5)):
         with pytest.raises(OnnxFileError, match=rf"mapnorm2\.{name} has other values") as caught:
             opened(constant(f"mapnorm2.{name}", value))
@@ -703,7 +703,7 @@ def same_name(made):
 def two_of_one_name(made):
     """Each is read before the next is written."""
     node(made, "relu1").output[0] = node(made, "conv1").output[0]
-    node(made, "norm1.tower0.input").input[0] = node(made, "conv1").output[0]
+    node(made, "norm1.towers").input[0] = node(made, "conv1").output[0]
 
 
 def own_operator(made):
@@ -902,7 +902,7 @@ WEIGHTS = {
     "more padding": lambda made: setattr(
         tensor(made, "pad.pads"), "raw_data", np.array([0, 0, 0, 0, 0, 0, 2**40, 1]).tobytes()
     ),
-    "another split": lambda made: setattr(tensor(made, "norm1.split"), "raw_data", np.array([1, 7]).tobytes()),
+    "another split": lambda made: setattr(tensor(made, "norm1.apart"), "raw_data", np.array([-1, 2, 6, 6]).tobytes()),
     "another average": lambda made: setattr(
         tensor(made, "avgpool.rows"), "raw_data", b"\0" * len(tensor(made, "avgpool.rows").raw_data)
     ),
@@ -1002,7 +1002,7 @@ QUANTISED = {
     "many steps": (many_steps, "operators"),
     "another shape": (lambda made: tensor(made, "conv1.weight_quantized").dims.append(1), "weights"),
     "another constant": (
-        lambda made: setattr(tensor(made, "norm1.split"), "raw_data", np.array([1, 7]).tobytes()),
+        lambda made: setattr(tensor(made, "norm1.apart"), "raw_data", np.array([-1, 2, 6, 6]).tobytes()),
         "weights",
     ),
     "another constant's shape": (lambda made: tensor(made, "avgpool.rows_quantized").dims.append(1), "weights"),
