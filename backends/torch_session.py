@@ -83,8 +83,8 @@ class _AcrossChannels(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> list[slice]:
-    size = CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(i, i + max(1, size)) for i in range(0, len(x), max(1, size))]
+    size = max(1, CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x))
+    return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
 def _banded(x: Tensor, band: Tensor) -> Tensor:
