@@ -234,6 +234,13 @@ def graphs(monkeypatch):
     return captured
 
 
+def replayed_and_plain(**kwargs):
+    """A session of replays and one that works as it stands, with the update of devices that can capture."""
+    ours, plain = (session(backend=FakeGraphCpu(), engine=engine, **kwargs) for engine in ("graph", "eager"))
+    plain._at_once = False
+    return ours, plain
+
+
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(
     ("precision", "formulation", "channels_last"),
@@ -249,7 +256,7 @@ def test_the_gate_captured(precision, formulation, channels_last):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_replays_see_what_is_new(precision, graphs):
     """Images, labels, ids, steps, rates and weights: bit for bit what the same work gives as it stands."""
-    ours, plain = (session(precision=precision, backend=FakeGraphCpu(), engine=engine) for engine in ("graph", "eager"))
+    ours, plain = replayed_and_plain(precision=precision)
     for step, (seed, rate) in enumerate([(1, 0.1), (2, 0.1), (2, 0.1), (2, 0.01)]):
         images, labels = batch(seed)
         ids = IDS + seed
@@ -280,7 +287,7 @@ def test_results_outlive_the_next_replay():
 
 def test_a_capture_in_mid_training_changes_nothing(graphs):
     """Another batch size is another capture, whose first runs must leave weights and velocity alone."""
-    ours, plain = (session(backend=FakeGraphCpu(), engine=engine) for engine in ("graph", "eager"))
+    ours, plain = replayed_and_plain()
     images, labels = batch()
     for step, size in enumerate((4, 2, 4, 2)):
         losses = [
