@@ -19,6 +19,7 @@ class Cpu(TorchBackend):
     vendor: ClassVar[str] = "any CPU"
     priority: ClassVar[int] = 10
     type: ClassVar[str] = "cpu"
+    engines: ClassVar[tuple[str, ...]] = (*TorchBackend.engines, "regions")
     collectives: ClassVar[str] = "gloo"
     one_device: ClassVar[bool] = True
 

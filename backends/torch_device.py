@@ -122,6 +122,8 @@ class TorchBackend(Backend):
     def open_module(self, model: "Model", weights: Weights, settings: Settings) -> Session:
         """A user's own module on the device; see `portnet.own_model`."""
         self.check(settings)
+        if settings.engine == "regions":
+            raise Unsupported("engine 'regions' compiles parts of PortNet's own network; a module of yours has none")
         from portnet_backends import torch_own
 
         return torch_own.open_module(self.device_type(), self.synchronize, model, weights, settings)
@@ -141,7 +143,11 @@ class TorchBackend(Backend):
         return torch_probe.ceilings(torch.device(self.device_type()), self.synchronize, precision)
 
 
-ENGINES = {"compile": "compiled kernels (torch.compile)", "graph": "graph capture"}
+ENGINES = {
+    "compile": "compiled kernels (torch.compile)",
+    "graph": "graph capture",
+    "regions": "compiled LRN and update (torch.compile)",
+}
 
 
 def engine_layers(settings: Settings) -> tuple[LibraryLayer, ...]:
@@ -149,7 +155,7 @@ def engine_layers(settings: Settings) -> tuple[LibraryLayer, ...]:
     name = settings.engine
     if name not in ENGINES:
         return ()
-    note = "compiled code computes LRN by a formula of its own, which goes with it" if name == "compile" else ""
+    note = "compiled code computes LRN by a formula of its own, which goes with it" if name != "graph" else ""
     return (LibraryLayer(name=name, title=ENGINES[name], replace={"engine": "eager"}, note=note),)
 
 

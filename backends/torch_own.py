@@ -26,7 +26,8 @@ from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unavail
 from portnet.errors import InputError
 from portnet.onnx_export import _LARGEST, BATCH, INPUT, OUTPUT
 from portnet.own_model import Model
-from portnet_backends.torch_session import DTYPES, Captured, TorchSession, _compiled, fp32_precision
+from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_session import DTYPES, Captured, TorchSession
 
 _SAMPLE = 64
 """How many elements of each parameter `latest_weights` shows at most."""
@@ -67,7 +68,7 @@ class OwnSession(TorchSession):
         self._train: Callable[..., Tensor] = self._trained
         if settings.engine == "compile":
             for name in ("_forward", "_losses", "_update"):
-                setattr(self, name, _compiled(getattr(self, name)))
+                setattr(self, name, compiled(getattr(self, name)))
         elif settings.engine == "graph":
             self._infer = Captured(self._inferred, capture=self.capture)
             changed = [*self.parameters.values(), *self.velocity.values(), *self.module.buffers()]
@@ -116,7 +117,12 @@ class OwnSession(TorchSession):
         return {}
 
     def _update(
-        self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: Tensor
+        self,
+        parameters: dict[str, Tensor],
+        velocity: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        rate: Tensor,
+        casts: Mapping[str, Tensor],
     ) -> None:
         momentum, decay = self.model.momentum, self.model.weight_decay
         for name, gradient in gradients.items():

@@ -355,7 +355,7 @@ class TowerNetwork(nn.Module):
         self._exchanges = {exchange.before: exchange for exchange in cut.exchanges}
         channels = {step.layer.name: step.input[0] // towers.DEVICES for step in cut.graph.steps}
         for layer in cut.layers(group.rank):
-            self.add_module(layer.name, layer_module(layer, channels[layer.name], formulation, traced=False))
+            self.add_module(layer.name, layer_module(layer, channels[layer.name], formulation))
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None

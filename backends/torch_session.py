@@ -1,24 +1,21 @@
 """A graph as a plain ``nn.Module``, and its session on one torch device."""
 
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, wraps
-from inspect import signature
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
-from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unsupported, Weights
-from portnet.errors import InputError, PortNetError
+from portnet.contract import Array, LayerTime, Session, Settings, Trace, Weights
+from portnet.errors import InputError
 from portnet.graph import (
     LRN,
     AdaptiveAvgPool,
@@ -35,6 +32,8 @@ from portnet.graph import (
     SpatialLRN,
 )
 from portnet_backends import torch_philox
+from portnet_backends.torch_modes import compiled, fp32_precision, without
+from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm, lying_like
 
 DTYPES = {
     "float64": torch.float64,
@@ -43,159 +42,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-CACHED = 2**20
-"""Values of LRN that a processor computes in one go: so few that those in between stay in its caches."""
-
-
-class _AcrossChannels(torch.autograd.Function):
-    """LRN as products with a banded matrix; only the input and d^-1/2 are kept for the backward pass.
-
-    With ``d = k + B x^2`` and ``f = d^-beta``: ``y = x f`` and
-    ``dx = g f - 2 beta x B^T (g x f / d)``, where B holds alpha / size in its band, (groups, width, width). Sums of
-    squares stay in float32 (float64 for float64), also where products may use TF32: their cancellation-free sums are
-    LRN's whole meaning. A processor takes some images after the others, other devices all at once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, band: Tensor, beta: float, k: float) -> Tensor:
-        y, root = torch.empty_like(x), torch.empty_like(x, dtype=band.dtype)
-        for part in _parts(x):
-            wide = x[part].to(band.dtype)
-            torch.rsqrt(_banded(wide * wide, band).add_(k), out=root[part])
-            y[part] = _factor(root[part], beta).mul_(wide)
-        ctx.save_for_backward(x, root, band)
-        ctx.beta = beta
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        x, root, band = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        for part in _parts(x):
-            wide, below = x[part].to(band.dtype), root[part]
-            outer = _factor(below, ctx.beta).mul_(g[part])
-            across = _banded((outer * wide).mul_(below).mul_(below), band.mT)
-            dx[part] = outer.addcmul_(wide, across, value=-2 * ctx.beta)
-        return dx, None, None, None
-
-
-def _parts(x: Tensor) -> list[slice]:
-    size = max(1, CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x))
-    return [slice(i, i + size) for i in range(0, len(x), size)]
-
-
-def _banded(x: Tensor, band: Tensor) -> Tensor:
-    """In each group of channels ``band`` times them, as a library does it faster: a product, or a 1x1 convolution."""
-    with fp32_precision("ieee"):
-        if x.is_contiguous():
-            return torch.matmul(band, x.unflatten(1, band.shape[:2]).flatten(3)).view(x.shape)
-        return F.conv2d(x, band.flatten(0, 1)[:, :, None, None], groups=len(band))
-
-
-def _factor(root: Tensor, beta: float) -> Tensor:
-    """``d^-beta`` of ``d^-1/2``; for AlexNet's own 3/4 without a power, which takes longer than all else of LRN."""
-    return root.sqrt().mul_(root) if beta == 0.75 else root.pow(2 * beta)
-
-
-def _sum_across_channels(x: Tensor, layer: LRN, wide: torch.dtype) -> Tensor:
-    """LRN in words that a compiler fuses: the squares' sum as `size` shifted slices, in `wide`, with no product.
-
-    `_AcrossChannels` cannot be traced, for it sets torch's precision, and its convolution would be no loop to fuse.
-    """
-    wide_x = x.to(wide)
-    squares = (wide_x * wide_x).unflatten(1, (layer.groups, -1))
-    before = layer.size // 2
-    padded = F.pad(squares, (0, 0, 0, 0, before, layer.size - 1 - before))
-    total = padded[:, :, : squares.shape[2]]
-    for shift in range(1, layer.size):
-        total = total + padded[:, :, shift : shift + squares.shape[2]]
-    factor = (total.flatten(1, 2) * (layer.alpha / layer.size) + layer.k) ** -layer.beta
-    return (wide_x * factor).to(x.dtype)
-
-
-class LocalResponseNorm(nn.Module):
-    """LRN within each of `groups` runs of channels; see `portnet.graph.LRN` for the formula.
-
-    `stock` uses torch's own function, `traced` the form for compilers.
-    """
-
-    def __init__(self, layer: LRN, channels: int, *, stock: bool, traced: bool = False) -> None:
-        super().__init__()
-        self.layer, self.stock, self.traced = layer, stock, traced
-        width = channels // layer.groups
-        # On the host and in float64 whatever the defaults, to be cast once when the module moves to its device.
-        channel = torch.arange(width, device="cpu")
-        offset = channel[None, :] - channel[:, None] + layer.size // 2
-        band = ((offset >= 0) & (offset < layer.size)).double() * (layer.alpha / layer.size)
-        self.register_buffer("band", band.repeat(layer.groups, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stock:
-            towers = x.chunk(self.layer.groups, dim=1)
-            normed = [
-                F.local_response_norm(t, self.layer.size, self.layer.alpha, self.layer.beta, self.layer.k)
-                for t in towers
-            ]
-            return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
-        if self.traced or torch.compiler.is_compiling():
-            return _sum_across_channels(x, self.layer, self.band.dtype)
-        return _AcrossChannels.apply(x, self.band, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
-
-    def extra_repr(self) -> str:
-        return repr(self.layer)
-
-
-class _WithinMaps(torch.autograd.Function):
-    """LRN within maps; like `_AcrossChannels`, with averages over positions around in place of the band."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: SpatialLRN) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        factor = _around(wide * wide, layer).mul_(layer.alpha).add_(layer.k).pow_(-layer.beta)
-        ctx.save_for_backward(x, factor)
-        ctx.layer = layer
-        return (wide * factor).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        x, factor = ctx.saved_tensors
-        layer = ctx.layer
-        wide, g = x.to(factor.dtype), g.to(factor.dtype)
-        outer = g * factor
-        # An average over positions around is its own adjoint.
-        around = _around(outer * wide * factor.pow(1 / layer.beta), layer)
-        return (outer - (2 * layer.beta * layer.alpha) * wide * around).to(x.dtype), None
-
-
-def _around(x: Tensor, layer: SpatialLRN) -> Tensor:
-    """Averages over the positions around each, zeros outside counted."""
-    return F.avg_pool2d(x, layer.size, stride=1, padding=layer.size // 2)
-
-
-class SpatialResponseNorm(nn.Module):
-    """LRN within each map; see `portnet.graph.SpatialLRN` for the formula.
-
-    `stock` computes in whatever precision it is given, `traced` is for compilers.
-    """
-
-    def __init__(self, layer: SpatialLRN, *, stock: bool, traced: bool = False) -> None:
-        super().__init__()
-        self.layer, self.stock, self.traced = layer, stock, traced
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.stock or self.traced):
-            return _WithinMaps.apply(x, self.layer)  # type: ignore[no-any-return, no-untyped-call]
-        wide = x if self.stock else x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * (self.layer.k + self.layer.alpha * _around(wide * wide, self.layer)) ** -self.layer.beta).to(
-            x.dtype
-        )
-
-    def extra_repr(self) -> str:
-        return repr(self.layer)
 
 
 class MaskedDropout(nn.Module):
@@ -284,13 +130,21 @@ def _direct(module: DirectConv, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
 
 @cache
 def _compiled_direct() -> Callable[..., Tensor]:
-    return _compiled(_direct)
+    return compiled(_direct)
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """torch's, which averages single values too where there is nothing to pool, as in AlexNet at 224 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.output_size
+        return x if x.shape[2:] == (size, size) else super().forward(x)
 
 
 CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {"unfold": UnfoldConv, "direct": DirectConv}
 
 
-def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool) -> nn.Module:
+def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "eager") -> nn.Module:
     match layer:
         case Pad():
             return nn.ZeroPad2d((0, layer.right, 0, layer.bottom))
@@ -304,13 +158,13 @@ def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool)
         case ReLU():
             return nn.ReLU()
         case LRN():
-            return LocalResponseNorm(layer, channels, stock=formulation == "stock", traced=traced)
+            return LocalResponseNorm(layer, channels, stock=formulation == "stock", engine=engine)
         case SpatialLRN():
-            return SpatialResponseNorm(layer, stock=formulation == "stock", traced=traced)
+            return SpatialResponseNorm(layer, stock=formulation == "stock", traced=engine == "compile")
         case MaxPool():
             return nn.MaxPool2d(layer.kernel, layer.stride)
         case AdaptiveAvgPool():
-            return nn.AdaptiveAvgPool2d(layer.size)
+            return (nn.AdaptiveAvgPool2d if formulation == "stock" else AdaptiveAvgPool2d)(layer.size)
         case Flatten():
             return nn.Flatten()
         case Dropout():
@@ -321,13 +175,13 @@ def layer_module(layer: Layer, channels: int, formulation: str, *, traced: bool)
 class Network(nn.Module):
     """The graph's chain as an ``nn.Module`` whose parameters have the graph's names; takes and gives NCHW tensors.
 
-    `formulation` is one of the backend's; `traced` avoids what compilers cannot trace.
+    `formulation` and `engine` are the backend's; see `LocalResponseNorm` for what follows from the engine.
     """
 
-    def __init__(self, graph: Graph, formulation: str = "portable", *, traced: bool = False) -> None:
+    def __init__(self, graph: Graph, formulation: str = "portable", engine: str = "eager") -> None:
         super().__init__()
         for step in graph.steps:
-            self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, traced=traced))
+            self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, engine))
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
@@ -339,90 +193,10 @@ class Network(nn.Module):
         return x
 
 
-@contextmanager
-def fp32_precision(mode: str) -> Iterator[None]:
-    """Float32 products and convolutions computed as ``ieee`` float32 or in ``tf32``, whatever the process's settings.
-
-    torch's defaults differ between the two, and either may have been changed by somebody else.
-    """
-    if hasattr(torch.backends, "fp32_precision"):
-        holders = [
-            torch.backends.cuda.matmul,
-            torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-            torch.backends.mkldnn.matmul,
-            torch.backends.mkldnn.conv,
-        ]
-        name, value = "fp32_precision", mode
-    else:  # torch 2.8
-        holders, name, value = [torch.backends.cuda.matmul, torch.backends.cudnn], "allow_tf32", mode == "tf32"
-    before = [getattr(holder, name) for holder in holders]
-    try:
-        for holder in holders:
-            setattr(holder, name, value)
-        yield
-    finally:
-        for holder, was in zip(holders, before, strict=True):
-            setattr(holder, name, was)
-
-
-@contextmanager
-def without(names: Collection[str]) -> Iterator[None]:
-    """The libraries of `names` switched off in torch: ``onednn``, ``cudnn``, or ``miopen``, which torch calls cudnn."""
-    holders: list[Any] = [torch.backends.mkldnn] if "onednn" in names else []
-    if {"cudnn", "miopen"} & set(names):
-        holders.append(torch.backends.cudnn)
-    before = [holder.enabled for holder in holders]
-    try:
-        for holder in holders:
-            holder.enabled = False
-        yield
-    finally:
-        for holder, was in zip(holders, before, strict=True):
-            holder.enabled = was
-
-
 VELOCITY, LOSS_SCALE = "velocity.", "loss_scale"
 """How `Session.state` names the velocities, and the loss's scale in float16."""
 GROWTH = 2000.0
 """Steps without an overflow after which float16's loss is scaled by twice as much."""
-
-# What torch says of itself while compiling: that TF32 would be faster than the float32 asked for, and of its own
-# modules and how they look at tensors.
-CHATTER = (
-    "TensorFloat32 tensor cores .* available but not enabled",
-    ".*torch.jit.script_method. is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled by torch as one graph for each of its shapes, or `Unsupported`: never run as it stands."""
-    # All sessions, and all layers of the direct formulation, add to one function's count of compilations.
-    limit = {"recompile_limit": 1024} if "recompile_limit" in signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, **limit)
-
-    @wraps(function)
-    def run(*inputs: Any) -> Any:
-        if torch._dynamo.config.disable:
-            raise Unsupported("torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)")
-        with warnings.catch_warnings():
-            for message in CHATTER:
-                warnings.filterwarnings("ignore", message)
-            try:
-                try:
-                    return compiled(*inputs)
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
-                    # An older torch, which has that limit for the process alone; setting it takes a millisecond, too
-                    # much to do at each call.
-                    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-                        return compiled(*inputs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                cause = getattr(error, "inner_exception", error)
-                first = str(cause).strip().partition("\n")[0]
-                # A failure to be counted, and nothing that was refused.
-                raise PortNetError(f"torch.compile failed: {type(cause).__name__}: {first}") from error
-
-    return run
 
 
 def device_capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -441,11 +215,6 @@ def device_capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tenso
     with torch.cuda.graph(graph, stream=side):
         output = run()
     return graph.replay, output
-
-
-def _lying_like(other: Tensor, x: Tensor) -> Tensor:
-    """`x` in the layout of `other`, as torch's fused operators need it, which go through memory and not by index."""
-    return x if x.stride() == other.stride() else torch.empty_like(other).copy_(x)
 
 
 class Captured:
@@ -492,6 +261,8 @@ class TorchSession(Session):
     """
 
     capture = staticmethod(device_capture)
+    _narrow_update = False
+    """Whether gradients go into the update in bfloat16, as they come, and the next step's weights come out of it."""
 
     def __init__(
         self, device_type: str, wait: Callable[[], None], graph: Graph, weights: Weights, settings: Settings
@@ -522,23 +293,25 @@ class TorchSession(Session):
         float16 = self.dtype == torch.float16
         self.loss_scale = torch.tensor([1.0, 0.0, 1.0], device=self.device) if float16 else None
         # Elsewhere the rate stays on the device, and compilers fuse the update themselves.
-        self._at_once = (
-            self.device.type == "cpu" and settings.engine == "eager" and settings.precision in ("float32", "bfloat16")
-        )
+        plainly = settings.engine in ("eager", "regions") and settings.precision in ("float32", "bfloat16")
+        self._at_once = self.device.type == "cpu" and plainly
+        self._narrow_update = settings.engine == "regions" and self.dtype == torch.bfloat16 and not self.stock
         self._casts: dict[str, Tensor] = {}
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
         self._train: Callable[..., Tensor] = self._trained
         if settings.engine == "compile":
             for name in ("_forward", "_losses", "_draw", "_update"):
-                setattr(self, name, _compiled(getattr(self, name)))
+                setattr(self, name, compiled(getattr(self, name)))
         elif settings.engine == "graph":
             self._infer = Captured(self._inferred, capture=self.capture)
+        elif self._narrow_update:
+            self._update = compiled(self._update)  # type: ignore[method-assign]
 
     # What a session that shares the network with others does in its own way; see `torch_parallel`.
 
     def _network(self) -> nn.Module:
-        return Network(self.graph, self.settings.formulation, traced=self.settings.engine == "compile")
+        return Network(self.graph, self.settings.formulation, self.settings.engine)
 
     def _owned(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
         """Of the whole network's arrays, by parameter, those that this process holds."""
@@ -625,12 +398,8 @@ class TorchSession(Session):
         return torch_probe.layer_times(self, images, training=labels is not None)
 
     def infer(self, images: Tensor) -> Tensor:
+        self._cast()
         with torch.inference_mode(), self._as_set():
-            # The module is the user's too, who may have changed its weights in place.
-            versions = tuple(p._version for p in self.parameters.values())
-            if self._cast_from != versions:
-                self._cast()
-                self._cast_from = versions
             self.module.eval()
             return self._infer(images)
 
@@ -667,7 +436,7 @@ class TorchSession(Session):
             at, rate = self._scalar(step, torch.int64), self._scalar(learning_rate, self._wide)
             loss = self._train(images, labels, ids, at, rate)
         # Neither a replay nor compiled code need count the versions of what they change.
-        self._cast_from = ()
+        self._cast_from = self._versions() if self._narrow_update else ()
         return loss
 
     def _start_training(self) -> None:
@@ -701,8 +470,19 @@ class TorchSession(Session):
             return {name: p.to(self.dtype) for name, p in parameters.items()}
         return dict(parameters)
 
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.parameters.values())
+
+    @torch.no_grad()
     def _cast(self) -> None:
-        """Renew the operands of inference, in the memory that they have: a captured graph reads it."""
+        """Renew the operands of inference, in the memory that they have: a captured graph reads it.
+
+        The module is the user's too, who may have changed its weights in place.
+        """
+        versions = self._versions()
+        if self._cast_from == versions:
+            return
+        self._cast_from = versions
         operands = self._operands(self.parameters)
         for name, value in operands.items():
             if name in self._casts and self._casts[name] is not value:
@@ -720,9 +500,8 @@ class TorchSession(Session):
         record: dict[str, Tensor] | None = None,
     ) -> Tensor:
         autocast = torch.autocast(self.device.type, self.dtype) if self.narrow and self.stock else nullcontext()
-        images = images if self.narrow and self.stock else images.to(self.dtype)
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=self._layout)
+        dtype = images.dtype if self.narrow and self.stock else self.dtype
+        images = images.to(dtype, memory_format=self._layout if images.dim() == 4 else torch.preserve_format)
         with autocast:
             return torch.func.functional_call(self.module, operands, (images, masks, record))  # type: ignore[no-any-return]
 
@@ -744,11 +523,17 @@ class TorchSession(Session):
         }
 
     def _update(
-        self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: Tensor
+        self,
+        parameters: dict[str, Tensor],
+        velocity: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        rate: Tensor,
+        casts: Mapping[str, Tensor],
     ) -> None:
+        """One step of the recipe, in place; `casts` are to become the new weights, in their own precision."""
         momentum: float | Tensor = self.recipe.momentum
         moved: Tensor | None = None
-        if self._at_once and momentum:
+        if self._at_once and momentum and not casts:
             self._update_at_once(parameters, velocity, gradients, float(rate))
             return
         if self.loss_scale is not None:
@@ -756,8 +541,11 @@ class TorchSession(Session):
         for name, gradient in gradients.items():
             scale, decay = self.recipe.coefficients(name, 1.0)
             v, w = velocity[name], parameters[name]
-            v.mul_(momentum).addcmul_(w, rate, value=-decay * scale).addcmul_(gradient, rate, value=-scale)
+            wide = gradient.to(v.dtype)
+            v.mul_(momentum).addcmul_(w, rate, value=-decay * scale).addcmul_(wide, rate, value=-scale)
             w.add_(v) if moved is None else w.addcmul_(v, moved)
+            if name in casts:
+                casts[name].copy_(w)
 
     def _update_at_once(
         self, parameters: dict[str, Tensor], velocity: dict[str, Tensor], gradients: dict[str, Tensor], rate: float
@@ -773,7 +561,7 @@ class TorchSession(Session):
         for (at, decay), names in alike.items():
             sgd(
                 [parameters[name] for name in names],
-                [_lying_like(parameters[name], gradients[name]) for name in names],
+                [lying_like(parameters[name], gradients[name]) for name in names],
                 [velocity[name] for name in names],
                 fused=True,
                 grad_scale=torch.tensor(-1 / at if at else -math.inf),
@@ -820,7 +608,7 @@ class TorchSession(Session):
     def _trained(self, images: Tensor, labels: Tensor, ids: Tensor, step: Tensor, rate: Tensor) -> Tensor:
         _, loss, gradients = self._backward(images, labels, self._draw(ids, step))
         with torch.no_grad():
-            self._update(self.parameters, self.velocity, gradients, rate)
+            self._update(self.parameters, self.velocity, gradients, rate, self._casts if self._narrow_update else {})
         return loss
 
     def _backward(
@@ -849,8 +637,15 @@ class TorchSession(Session):
         self, images: Tensor, labels: Tensor, masks: dict[str, Tensor], *, last: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits and loss of one part of a batch, and its share of the gradients; `last` says that no other follows."""
-        logits, loss = self._losses(self.parameters, images, labels, masks)
-        gradients = torch.autograd.grad(self._scaled(loss), list(self.parameters.values()))
+        parameters = self.parameters
+        if self._narrow_update:
+            self._cast()
+            parameters = {name: value.detach().requires_grad_() for name, value in self._casts.items()}
+        logits, loss = self._losses(parameters, images, labels, masks)
+        gradients = torch.autograd.grad(self._scaled(loss), list(parameters.values()))
+        # Sums over parts of a batch are wide.
+        if self._narrow_update and self.settings.accumulate > 1:
+            gradients = tuple(g.to(self._wide) for g in gradients)
         return logits, loss, self._unscaled(list(gradients))
 
     def _scaled(self, loss: Tensor) -> Tensor:

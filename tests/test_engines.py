@@ -20,13 +20,15 @@ from portnet import parity, plugins
 from portnet.contract import Settings, Unsupported
 from portnet.errors import PortNetError
 from portnet.graph import Conv, Graph
-from portnet_backends import cpu, torch_philox, torch_session
+from portnet_backends import cpu, torch_modes, torch_norms, torch_philox, torch_session
 from portnet_backends.accelerator import Accelerator
 from portnet_backends.cpu import Cpu
 from portnet_backends.cuda import Cuda
 from portnet_backends.mps import Mps
 from portnet_backends.rocm import Rocm
-from portnet_backends.torch_session import Captured, LocalResponseNorm, TorchSession, without
+from portnet_backends.torch_modes import without
+from portnet_backends.torch_norms import LocalResponseNorm
+from portnet_backends.torch_session import Captured, TorchSession
 from portnet_backends.xpu import Xpu
 
 CASE = parity.Case(GRAPH)
@@ -71,7 +73,7 @@ def test_the_gate_as_it_stands(precision, formulation, channels_last):
 )
 def test_the_gate_compiled(precision, formulation, channels_last, monkeypatch):
     """In one graph a function, and without the function that cannot be traced."""
-    monkeypatch.setattr(torch_session._AcrossChannels, "apply", None)
+    monkeypatch.setattr(torch_norms._AcrossChannels, "apply", None)
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
     # Compiled training in bfloat16 is judged below, with the direct formulation: each compilation takes seconds.
@@ -81,6 +83,14 @@ def test_the_gate_compiled(precision, formulation, channels_last, monkeypatch):
     assert not breaks
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_gate_of_regions(precision, channels_last, monkeypatch):
+    monkeypatch.setattr(torch_norms._AcrossChannels, "apply", None)
+    verdict = judged(precision, engine="regions", channels_last=channels_last)
+    assert verdict.passed, verdict
+
+
 @pytest.mark.parametrize(("precision", "engine"), [("float32", "eager"), ("bfloat16", "compile")])
 def test_the_gate_of_the_direct_formulation(precision, engine):
     verdict = judged(precision, formulation="direct", engine=engine)
@@ -88,12 +98,12 @@ def test_the_gate_of_the_direct_formulation(precision, engine):
 
 
 def test_a_mistake_in_what_is_compiled_is_caught(monkeypatch):
-    real = torch_session._sum_across_channels
+    real = torch_norms._sum_across_channels
 
     def merged(x, layer, wide):
         return real(x, replace(layer, groups=1), wide)
 
-    monkeypatch.setattr(torch_session, "_sum_across_channels", merged)
+    monkeypatch.setattr(torch_norms, "_sum_across_channels", merged)
     verdict = judged("float32", engine="compile", train=False)
     assert next(f for f in verdict.findings if f.what.startswith("infer()")).share > 20
 
@@ -106,7 +116,9 @@ def test_a_mistake_in_what_is_compiled_is_caught(monkeypatch):
 def test_lrn_for_compilers(layer, dtype):
     x = random_map().detach().to(dtype).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    plain, traced = (LocalResponseNorm(layer, 8, stock=False, traced=traced).to(wide) for traced in (False, True))
+    plain, traced = (
+        LocalResponseNorm(layer, 8, stock=False, engine=engine).to(wide) for engine in ("eager", "compile")
+    )
     y, expected = traced(x), plain(x)
     # Both sum in float32 and round once.
     close = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 1e-5}
@@ -116,25 +128,71 @@ def test_lrn_for_compilers(layer, dtype):
     torch.testing.assert_close(*gradients, **(close | {"atol": 2**-7 if dtype == torch.bfloat16 else 1e-14}))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [(LRNS.args[1][1], torch.float64), (LRNS.args[1][3], torch.float64), (LRNS.args[1][2], torch.bfloat16)],
+)
+def test_lrn_in_compiled_loops(layer, dtype, layout, monkeypatch):
+    """Of 5 images in parts that overlap, in either layout, with gradients that lie otherwise."""
+    monkeypatch.setattr(torch_norms, "CACHED", 450)
+    x = random_map(shape=(5, 8, 3, 9)).detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
+    g = random_map(seed=1, shape=x.shape).detach().to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    plain, looped = (
+        LocalResponseNorm(layer, 8, stock=False, engine=engine).to(wide) for engine in ("eager", "regions")
+    )
+    y, expected = looped(x), plain(x)
+    assert y.is_contiguous(memory_format=layout)
+    close = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 2**-7}
+    torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, g)[0] for out in (y, expected)), **close)
+    assert looped(x[:0]).shape == (0, 8, 3, 9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_regions_take_gradients_as_they_come(accumulate):
+    """And keep the weights of the next step in bfloat16, also if somebody changes the wide ones in between."""
+    ours, plain = (
+        session(precision="bfloat16", engine=engine, accumulate=accumulate, channels_last=True)
+        for engine in ("regions", "eager")
+    )
+    images, labels = batch()
+    for step in range(3):
+        losses = []
+        for s in (ours, plain):
+            if step == 2:
+                with torch.no_grad():
+                    s.parameters["fc1.weight"].mul_(1.5)
+            losses.append(float(s.train_step(*(s.put(a) for a in (images, labels, IDS)), step=step, learning_rate=0.1)))
+        np.testing.assert_allclose(*losses, rtol=2**-8)
+        for name, wide in ours.parameters.items():
+            assert torch.equal(ours._casts[name], wide.detach().to(torch.bfloat16))
+    for name, value in plain.state().items():
+        np.testing.assert_allclose(ours.state()[name], value, atol=2**-8 * np.abs(value).max(), err_msg=name)
+    logits = [s.get(s.infer(s.put(images))) for s in (ours, plain)]
+    np.testing.assert_allclose(*logits, atol=2**-6 * np.abs(logits[1]).max())
+
+
 def test_a_graph_break_is_refused():
     def broken(x):
         torch._dynamo.graph_break()
         return x + 1
 
     with pytest.raises(PortNetError, match=r"torch.compile failed: \w+: "):
-        torch_session._compiled(broken)(torch.ones(2))
+        torch_modes.compiled(broken)(torch.ones(2))
 
 
 def test_no_compiler_is_an_error():
     """It is named, and nothing runs as it stands."""
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with torch._inductor.config.patch(missing), pytest.raises(PortNetError, match=r"torch.compile failed: \w+: .*\S"):
-        torch_session._compiled(lambda x: x * 3 + 1)(torch.ones(7))
+        torch_modes.compiled(lambda x: x * 3 + 1)(torch.ones(7))
 
 
 def test_a_disabled_compiler_is_an_error():
     with torch._dynamo.config.patch(disable=True), pytest.raises(Unsupported, match="switched off"):
-        torch_session._compiled(lambda x: x + 1)(torch.ones(2))
+        torch_modes.compiled(lambda x: x + 1)(torch.ones(2))
 
 
 def test_compiled_work_is_the_sessions_own():
@@ -374,7 +432,7 @@ def test_rungs_are_convolutions():
     x = torch.randn(2, 4, 11, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for formulation in ("unfold", "direct"):
         layer = Conv(name="c", in_channels=4, out_channels=6, kernel=3, stride=2, padding=1, groups=2)
-        rung = torch_session.layer_module(layer, 4, formulation, traced=False).double()
+        rung = torch_session.layer_module(layer, 4, formulation).double()
         y, expected = rung(x), F.conv2d(x, rung.weight, rung.bias, 2, 1, 1, 2)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
         wanted = [x, rung.weight, rung.bias]
@@ -470,7 +528,8 @@ def test_only_what_is_left_can_be_taken_away():
     assert list(layers(Cuda(), formulation="unfold"))[-2:] == ["cudnn", "direct"]
     assert list(layers(Cuda(), formulation="direct"))[-1] == "cudnn"
     assert layers(Cpu(), engine="compile")["compile"].replace == {"engine": "eager"}
-    assert "compile" not in layers(Cpu())
+    assert layers(Cpu(), engine="regions")["regions"].replace == {"engine": "eager"}
+    assert not {"compile", "regions"} & set(layers(Cpu()))
     with pytest.raises(Unsupported, match=r"cpu cannot take away cudnn; it can: amx, avx512, onednn, unfold, direct"):
         session(without=("cudnn",))
 

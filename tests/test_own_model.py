@@ -161,6 +161,11 @@ def test_compiled():
     assert found.worst.error > 0
 
 
+def test_regions_are_portnets_own_networks():
+    with pytest.raises(Unsupported, match="a module of yours has none"):
+        verdict("small", engine="regions")
+
+
 def test_shared_unused_and_frozen_weights():
     found = verdict("odd")
     assert found.passed, found
@@ -246,7 +251,7 @@ def decay(session):
 def rate_outside(session):
     """torch's rule, in which the learning rate stays outside the velocity."""
 
-    def update(parameters, velocity, gradients, rate):
+    def update(parameters, velocity, gradients, rate, casts):
         for name, gradient in gradients.items():
             velocity[name].mul_(0.8).add_(gradient + 1e-2 * parameters[name])
             parameters[name].sub_(rate * velocity[name])

@@ -295,7 +295,7 @@ def test_a_compiled_sessions_layers_are_compiled_singly(monkeypatch):
         return function
 
     s = session(engine="compile")
-    monkeypatch.setattr(torch_probe, "_compiled", spy)
+    monkeypatch.setattr(torch_probe, "compiled", spy)
     torch_probe.layer_times(s, images(), training=False, seconds=1e-4, repeats=1)
     assert len(compiled) == len(NAMES)
     torch_probe.layer_times(session(), images(), training=False, seconds=1e-4, repeats=1)

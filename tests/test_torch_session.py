@@ -25,18 +25,12 @@ from portnet.graph import (
     ReLU,
     SpatialLRN,
 )
-from portnet_backends import torch_session
+from portnet_backends import torch_modes, torch_norms, torch_session
 from portnet_backends.cpu import Cpu
 from portnet_backends.reference import Reference
-from portnet_backends.torch_session import (
-    BlockConv,
-    LocalResponseNorm,
-    MaskedDropout,
-    Network,
-    SpatialResponseNorm,
-    UnfoldConv,
-    fp32_precision,
-)
+from portnet_backends.torch_modes import fp32_precision
+from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm
+from portnet_backends.torch_session import BlockConv, MaskedDropout, Network, UnfoldConv
 
 GRAPH = Graph(
     preset="tiny",
@@ -141,9 +135,9 @@ def test_lrn_is_torchs_within_each_tower(layer):
 def test_lrn_takes_some_images_at_a_time_in_either_layout(layer, layout, cached, calls, monkeypatch):
     """Of 5 images with 216 values each."""
     seen = []
-    banded = torch_session._banded
-    monkeypatch.setattr(torch_session, "_banded", lambda x, band: seen.append(len(x)) or banded(x, band))
-    monkeypatch.setattr(torch_session, "CACHED", cached)
+    banded = torch_norms._banded
+    monkeypatch.setattr(torch_norms, "_banded", lambda x, band: seen.append(len(x)) or banded(x, band))
+    monkeypatch.setattr(torch_norms, "CACHED", cached)
     x = random_map(shape=(5, 8, 3, 9)).detach().contiguous(memory_format=layout).requires_grad_()
     g = random_map(seed=1, shape=x.shape).detach()
     y, expected = response(layer)(x), response(layer, stock=True)(x)
@@ -357,7 +351,7 @@ def test_the_guard_restores_after_an_error():
 def test_the_guard_of_torch_2_8(monkeypatch):
     matmul, cudnn = SimpleNamespace(allow_tf32=False), SimpleNamespace(allow_tf32=True)
     fake = SimpleNamespace(backends=SimpleNamespace(cuda=SimpleNamespace(matmul=matmul), cudnn=cudnn))
-    monkeypatch.setattr(torch_session, "torch", fake)
+    monkeypatch.setattr(torch_modes, "torch", fake)
     for mode, allowed in (("ieee", False), ("tf32", True)):
         with fp32_precision(mode):
             assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
@@ -540,7 +534,7 @@ def test_the_update_in_one_pass_takes_gradients_in_any_layout():
     assert gradients["conv1.weight"].stride() != before["conv1.weight"].stride()
     s.use(replace(s.recipe, bias_rate=1.0, weight_decay=0.0))
     with torch.no_grad():
-        s._update(s.parameters, s.velocity, {name: g.clone() for name, g in gradients.items()}, torch.tensor(1.0))
+        s._update(s.parameters, s.velocity, {name: g.clone() for name, g in gradients.items()}, torch.tensor(1.0), {})
     for name, p in s.parameters.items():
         torch.testing.assert_close(p.detach(), before[name] - gradients[name])
 
