@@ -80,21 +80,21 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LRN, wide: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: LRN, wide: torch.dtype, rectifies: bool) -> Tensor:
         x = _either_layout(x)
         y, root = torch.empty_like(x), torch.empty_like(x, dtype=wide)
         loops, scale = _loops(), layer.alpha / layer.size
         buffer, parts = _padded(x, layer, wide)
         for xs, ys, roots in zip(*(parts(t) for t in (x, y, root)), strict=True):
-            loops["squares"](buffer, xs, layer.size // 2)
-            loops["normed"](ys, roots, buffer, xs, layer.size, scale, layer.k, layer.beta)
+            loops["squares"](buffer, xs, layer.size // 2, rectifies)
+            loops["normed"](ys, roots, buffer, xs, layer.size, scale, layer.k, layer.beta, rectifies)
         ctx.save_for_backward(x, root)
-        ctx.layer = layer
+        ctx.layer, ctx.rectifies = layer, rectifies
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         x, root = ctx.saved_tensors
         layer: LRN = ctx.layer
         dx = torch.empty_like(x)
@@ -103,9 +103,9 @@ class _Fused(torch.autograd.Function):
         # The adjoint's window lies the other way around its channel.
         before = layer.size - 1 - layer.size // 2
         for xs, gs, roots, dxs in zip(*(parts(t) for t in (x, lying_like(x, g), root, dx)), strict=True):
-            loops["products"](buffer, xs, gs, roots, before, layer.beta)
-            loops["gradient"](dxs, buffer, xs, gs, roots, layer.size, scale, layer.beta)
-        return dx, None, None
+            loops["products"](buffer, xs, gs, roots, before, layer.beta, ctx.rectifies)
+            loops["gradient"](dxs, buffer, xs, gs, roots, layer.size, scale, layer.beta, ctx.rectifies)
+        return dx, None, None, None
 
 
 def _either_layout(x: Tensor) -> Tensor:
@@ -137,8 +137,10 @@ def _padded(x: Tensor, layer: LRN, wide: torch.dtype) -> tuple[Tensor, Callable[
     return x.new_zeros(shape, dtype=wide), parts
 
 
-def _squares(buffer: Tensor, x: Tensor, before: int) -> None:
+def _squares(buffer: Tensor, x: Tensor, before: int, rectifies: bool) -> None:
     wide = x.to(buffer.dtype)
+    if rectifies:
+        wide = wide.relu()
     buffer.narrow(2, before, x.shape[2]).copy_(wide * wide)
 
 
@@ -149,22 +151,33 @@ def _window(buffer: Tensor, size: int) -> Tensor:
     return total
 
 
-def _normed(y: Tensor, root: Tensor, buffer: Tensor, x: Tensor, size: int, scale: float, k: float, beta: float) -> None:
+def _normed(
+    y: Tensor, root: Tensor, buffer: Tensor, x: Tensor, size: int, scale: float, k: float, beta: float, rectifies: bool
+) -> None:
+    wide = x.relu() if rectifies else x
     below = torch.rsqrt(_window(buffer, size) * scale + k)
     root.copy_(below)
-    y.copy_(_factor(below, beta) * x.to(root.dtype))
+    y.copy_(_factor(below, beta) * wide.to(root.dtype))
 
 
-def _products(buffer: Tensor, x: Tensor, g: Tensor, root: Tensor, before: int, beta: float) -> None:
-    outer = _factor(root, beta) * g.to(root.dtype)
-    buffer.narrow(2, before, x.shape[2]).copy_(outer * x.to(root.dtype) * root * root)
+def _products(buffer: Tensor, x: Tensor, g: Tensor, root: Tensor, before: int, beta: float, rectifies: bool) -> None:
+    outer, wide = _factor(root, beta) * g.to(root.dtype), x.relu() if rectifies else x
+    buffer.narrow(2, before, x.shape[2]).copy_(outer * wide.to(root.dtype) * root * root)
 
 
 def _gradient(
-    dx: Tensor, buffer: Tensor, x: Tensor, g: Tensor, root: Tensor, size: int, scale: float, beta: float
+    dx: Tensor,
+    buffer: Tensor,
+    x: Tensor,
+    g: Tensor,
+    root: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    rectifies: bool,
 ) -> None:
-    outer = _factor(root, beta) * g.to(root.dtype)
-    dx.copy_(outer + scale * x.to(root.dtype) * _window(buffer, size))
+    found = _factor(root, beta) * g.to(root.dtype) + scale * x.to(root.dtype) * _window(buffer, size)
+    dx.copy_(torch.where(x > 0, found, 0) if rectifies else found)
 
 
 @cache
@@ -191,12 +204,14 @@ def _sum_across_channels(x: Tensor, layer: LRN, wide: torch.dtype) -> Tensor:
 class LocalResponseNorm(nn.Module):
     """LRN within each of `groups` runs of channels; see `portnet.graph.LRN` for the formula.
 
-    `stock` uses torch's own function; `engine` compile takes the form for compilers, regions compiled loops.
+    `stock` uses torch's own function; `engine` compile takes the form for compilers, regions compiled loops, which may
+    rectify what they read: a ReLU before them is then done, whether it was run or not.
     """
 
     def __init__(self, layer: LRN, channels: int, *, stock: bool, engine: str = "eager") -> None:
         super().__init__()
         self.layer, self.stock, self.engine = layer, stock, engine
+        self.rectifies = False
         width = channels // layer.groups
         # On the host and in float64 whatever the defaults, to be cast once when the module moves to its device.
         channel = torch.arange(width, device="cpu")
@@ -215,7 +230,7 @@ class LocalResponseNorm(nn.Module):
         if self.engine == "compile" or torch.compiler.is_compiling():
             return _sum_across_channels(x, self.layer, self.band.dtype)
         if self.engine == "regions":
-            return _Fused.apply(x, self.layer, self.band.dtype)  # type: ignore[no-any-return, no-untyped-call]
+            return _Fused.apply(x, self.layer, self.band.dtype, self.rectifies)  # type: ignore[no-any-return, no-untyped-call]
         return _AcrossChannels.apply(x, self.band, self.layer.beta, self.layer.k)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -182,11 +183,19 @@ class Network(nn.Module):
         super().__init__()
         for step in graph.steps:
             self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, engine))
+        self._rectified_by_the_next = set()
+        for (name, layer), (_, following) in pairwise(self.named_children()):
+            fused = isinstance(following, LocalResponseNorm) and engine == "regions" and formulation != "stock"
+            if fused and isinstance(layer, nn.ReLU):
+                following.rectifies = True
+                self._rectified_by_the_next.add(name)
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
     ) -> Tensor:
         for name, layer in self.named_children():
+            if record is None and name in self._rectified_by_the_next:
+                continue
             x = layer(x, masks[name]) if masks is not None and name in masks else layer(x)
             if record is not None:
                 record[name] = x
