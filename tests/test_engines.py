@@ -89,6 +89,9 @@ def test_the_gate_of_regions(precision, channels_last, monkeypatch):
     monkeypatch.setattr(torch_norms._AcrossChannels, "apply", None)
     verdict = judged(precision, engine="regions", channels_last=channels_last)
     assert verdict.passed, verdict
+    # What a loop does for the layer before it is seen all the same.
+    shown = session(precision=precision, engine="regions").trace(batch()[0]).layers
+    assert list(shown) == [step.layer.name for step in GRAPH.steps]
 
 
 @pytest.mark.parametrize(("precision", "engine"), [("float32", "eager"), ("bfloat16", "compile")])
@@ -170,6 +173,8 @@ def test_regions_take_gradients_as_they_come(accumulate):
             assert torch.equal(ours._casts[name], wide.detach().to(torch.bfloat16))
     for name, value in plain.state().items():
         np.testing.assert_allclose(ours.state()[name], value, atol=2**-8 * np.abs(value).max(), err_msg=name)
+    _, _, gradients = ours._backward(ours.put(images), ours.put(labels), {})
+    assert {g.dtype for g in gradients.values()} == {torch.bfloat16 if accumulate == 1 else torch.float32}
     logits = [s.get(s.infer(s.put(images))) for s in (ours, plain)]
     np.testing.assert_allclose(*logits, atol=2**-6 * np.abs(logits[1]).max())
 
