@@ -63,6 +63,9 @@ PEERS = {
     "torch-compile-autocast": Peer(script="torch_plain", precision="bfloat16", options={"compile": True}),
     "torch-tuned": Peer(script="torch_tuned", precision="float32", modes=("train",), tunables=True),
     "torch-tuned-bfloat16": Peer(script="torch_tuned", precision="bfloat16", modes=("train",), tunables=True),
+    "torch-regions-bfloat16": Peer(
+        script="torch_tuned", precision="bfloat16", modes=("train",), options={"regions": True}, tunables=True
+    ),
     "jax": Peer(script="jax_plain", precision="float32", needs="jax"),
     "jax-bfloat16": Peer(script="jax_plain", precision="bfloat16", needs="jax"),
     "onnxruntime": Peer(script=FILE, precision="float32", needs="onnxruntime", modes=("infer",)),

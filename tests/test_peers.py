@@ -27,9 +27,10 @@ def rates(done):
     ("asked", "names"),
     [
         (["train", "torchvision", "--peers", "torch", "torch-tuned-bfloat16"], ["torch", "torch-tuned-bfloat16"]),
+        (["train", "paper2012", "--peers", "torch-regions-bfloat16"], ["torch-regions-bfloat16"]),
         (["infer", "paper2012", "--peers", "torch", "onnxruntime"], ["torch", "onnxruntime"]),
     ],
-    ids=["train", "infer"],
+    ids=["train", "regions", "infer"],
 )
 def test_peers_take_turns_with_portnet(asked, names):
     found = rates(run(*asked, "--batch", 1, "--rounds", 1, "--blocks", 1))
@@ -58,3 +59,15 @@ def test_the_tuned_script_draws_portnets_masks(monkeypatch):
     for layer, count in ((0, 4096), (1, 9216)):
         drawn = torch_tuned.philox(torch.tensor(ids), 12, philox.Stream.DROPOUT + layer, count).numpy()
         np.testing.assert_array_equal(drawn, philox.keep_mask(0, layer, ids, 12, count, 0.5))
+
+
+def test_the_tuned_scripts_loops_are_its_lrn(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    import torch_tuned
+
+    x, g = (torch.randn(8, 96, 5, 5).contiguous(memory_format=torch.channels_last) * 30 for _ in range(2))
+    x.requires_grad_()
+    found, expected = torch_tuned.LrnLoops.apply(x), torch_tuned.Norm(96)(x.relu())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (found, expected)), rtol=1e-4, atol=1e-5)

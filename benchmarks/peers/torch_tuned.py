@@ -1,12 +1,14 @@
 """What PortNet's torch session does, written directly against torch for one device and without PortNet.
 
 Channels-last; bfloat16 copies of float32 weights; LRN as a 1x1 convolution with a banded matrix, some images at a time;
-the first convolution on blocks of pixels; dropout by Philox's bits; the update of 2012 by torch's fused SGD. Its time
-beside that of PortNet's channels-last stack is what the portable contract costs.
+the first convolution on blocks of pixels; dropout by Philox's bits; the update of 2012 by torch's fused SGD. With
+`regions`, LRN with the ReLU before it, and in bfloat16 the update, are loops of torch's compiler. Its time beside that
+of PortNet's channels-last stack of the same engine is what the portable contract costs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +70,86 @@ class Norm(nn.Module):
         return Lrn.apply(x, self.band)
 
 
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """Zeros for the sums of one part, 4 images of 2 groups of channels, of which `window` sees two more on each side."""
+    return torch.zeros(x[:4, 0].numel(), 2, x.shape[1] // 2 + 4)
+
+
+def quarters(x: torch.Tensor) -> list[torch.Tensor]:
+    """4 images each, as (position, group, channel)."""
+    return list(x.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (2, -1)).split(4 * x[0, 0].numel()))
+
+
+def window(sums: torch.Tensor) -> torch.Tensor:
+    return sums[..., :-4] + sums[..., 1:-3] + sums[..., 2:-2] + sums[..., 3:-1] + sums[..., 4:]
+
+
+@partial(torch.compile, dynamic=False)
+def squares(sums: torch.Tensor, x: torch.Tensor) -> None:
+    sums[..., 2:-2].copy_(x.float().relu() ** 2)
+
+
+@partial(torch.compile, dynamic=False)
+def normed(y: torch.Tensor, root: torch.Tensor, sums: torch.Tensor, x: torch.Tensor) -> None:
+    below = torch.rsqrt(window(sums) * 1e-4 + 2.0)
+    root.copy_(below)
+    y.copy_(below.sqrt() * below * x.float().relu())
+
+
+@partial(torch.compile, dynamic=False)
+def products(sums: torch.Tensor, x: torch.Tensor, g: torch.Tensor, root: torch.Tensor) -> None:
+    sums[..., 2:-2].copy_(root.sqrt() * root**3 * g.float() * x.float().relu())
+
+
+@partial(torch.compile, dynamic=False)
+def gradient(dx: torch.Tensor, sums: torch.Tensor, x: torch.Tensor, g: torch.Tensor, root: torch.Tensor) -> None:
+    found = root.sqrt() * root * g.float() - 1.5e-4 * x.float() * window(sums)
+    dx.copy_(torch.where(x > 0, found, 0))
+
+
+class LrnLoops(torch.autograd.Function):
+    """Of fewer than 4 images, or of a number that 4 divides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y, root, sums = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), padded(x)
+        for xs, ys, roots in zip(quarters(x), quarters(y), quarters(root), strict=True):
+            squares(sums, xs)
+            normed(ys, roots, sums, xs)
+        ctx.save_for_backward(x, root)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        x, root = ctx.saved_tensors
+        dx, sums = torch.empty_like(x), padded(x)
+        for xs, gs, roots, dxs in zip(quarters(x), quarters(g), quarters(root), quarters(dx), strict=True):
+            products(sums, xs, gs, roots)
+            gradient(dxs, sums, xs, gs, roots)
+        return dx
+
+
+class NormLoops(nn.Module):
+    """LRN of what a ReLU gives of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return LrnLoops.apply(x)
+
+
+@partial(torch.compile, dynamic=False)
+def update(
+    w: list[torch.Tensor],
+    v: list[torch.Tensor],
+    g: list[torch.Tensor],
+    casts: list[torch.Tensor],
+    decays: list[float],
+) -> None:
+    for weight, velocity, narrow, cast, decay in zip(w, v, g, casts, decays, strict=True):
+        velocity.mul_(0.9).sub_(RATE * (narrow.float() + decay * weight))
+        weight.add_(velocity)
+        cast.copy_(weight)
+
+
 class First(nn.Conv2d):
     """The first convolution on blocks of 4 x 4 pixels: to 228 x 228 pixels belong 57 x 57 blocks of 48 channels."""
 
@@ -108,17 +190,23 @@ def open_(asked: Asked) -> Opened:
     dtype = torch.bfloat16 if asked.precision == "bfloat16" else torch.float32
     if asked.options["device"] != "cpu":
         raise SystemExit("torch_tuned is written for the CPU alone")
+    regions = asked.options.get("regions", False)
     parts, dropped, channels = [], [], 3
     for layer in load(asked):
         channels = getattr(layer, "out_channels", channels)
         if type(layer).__name__ == "Norm":
             layer = Norm(channels)
+            if regions:
+                assert isinstance(parts.pop(), nn.ReLU)
+                layer = NormLoops()
         elif isinstance(layer, nn.Conv2d) and layer.stride == (4, 4):
             first = First(3, channels, 11, 4, layer.padding)
             first.load_state_dict(layer.state_dict())
             layer = first
         elif isinstance(layer, nn.Dropout):
             dropped.append(layer := Dropped())
+        elif isinstance(layer, nn.AdaptiveAvgPool2d):
+            continue  # of 6x6 to 6x6
         parts.append(layer)
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
     weights = dict(model.named_parameters())
@@ -126,11 +214,14 @@ def open_(asked: Asked) -> Opened:
     images, labels = torch.from_numpy(asked.images), torch.from_numpy(asked.labels)
     ids = torch.arange(len(images))
     widths = {"paper2012": (4096, 4096), "torchvision": (9216, 4096)}[asked.preset]
+    decays = [5e-4 if name.endswith("weight") else 0.0 for name in weights]
     done = 0
 
-    def forward() -> torch.Tensor:
-        operands = {name: w.to(dtype) for name, w in weights.items()}
-        x = images.to(dtype).contiguous(memory_format=torch.channels_last)
+    def cast() -> dict[str, torch.Tensor]:
+        return {name: w.to(dtype) for name, w in weights.items()}
+
+    def forward(operands: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = images.to(dtype, memory_format=torch.channels_last)
         return torch.func.functional_call(model, operands, (x,)).float()
 
     def train(count: int) -> None:
@@ -139,7 +230,14 @@ def open_(asked: Asked) -> Opened:
         for _ in range(count):
             for i, layer in enumerate(dropped):
                 layer.mask = philox(ids, done, i, widths[i])
-            gradients = torch.autograd.grad(F.cross_entropy(forward(), labels), list(weights.values()))
+            if narrow:
+                leaves = {name: c.requires_grad_() for name, c in narrow.items()}
+                gradients = torch.autograd.grad(F.cross_entropy(forward(leaves), labels), list(leaves.values()))
+                with torch.no_grad():
+                    update(*(list(x.values()) for x in (weights, velocity)), list(gradients), list(leaves.values()), decays)
+                done += 1
+                continue
+            gradients = torch.autograd.grad(F.cross_entropy(forward(cast()), labels), list(weights.values()))
             with torch.no_grad():
                 for kind, decay in (("weight", 5e-4), ("bias", 0.0)):
                     torch._fused_sgd_(
@@ -160,7 +258,8 @@ def open_(asked: Asked) -> Opened:
 
     model.eval()
     with torch.no_grad():
-        logits = forward().numpy()
+        narrow = cast() if regions and asked.precision == "bfloat16" else {}
+        logits = forward(cast()).numpy()
     return Opened(logits=logits, steps=train)
 
 
