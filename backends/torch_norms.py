@@ -14,6 +14,8 @@ from portnet_backends.torch_modes import compiled, fp32_precision
 
 CACHED = 2**20
 """Values of LRN that a processor computes in one go: so few that those in between stay in its caches."""
+LOOPED = 2**21
+"""The same for compiled loops, which have one array in between where the operations have several."""
 
 
 class _AcrossChannels(torch.autograd.Function):
@@ -125,7 +127,7 @@ def _padded(x: Tensor, layer: LRN, wide: torch.dtype) -> tuple[Tensor, Callable[
         return t.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (layer.groups, -1))
 
     whole = rows(x)
-    most = max(1, CACHED // max(1, whole[:1].numel()))
+    most = max(1, LOOPED // max(1, whole[:1].numel()))
     count = -(-len(whole) // most)
     size = -(-len(whole) // max(1, count))
     shape = list(whole.shape)

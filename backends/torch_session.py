@@ -69,19 +69,38 @@ class BlockConv(nn.Conv2d):
 
     Its sums are the same, with zeros where the filter's last block goes beyond it. AlexNet's first convolution, 11x11
     with stride 4 on 3 channels, becomes 3x3 on 48, and channels are what libraries fill their vectors and tiles with.
+
+    `beyond`: zeros to add on the right and at the bottom, which a `Pad` layer before it would. With `looped`, pixels of
+    any precision become blocks in one loop of torch's compiler.
     """
+
+    beyond = (0, 0)
+    looped = False
 
     def forward(self, x: Tensor) -> Tensor:
         (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
         before, blocks = int(padding), -(-k // stride)
 
-        def after(size: int) -> int:
-            return ((size + 2 * before - k) // stride + blocks) * stride - size - before
+        def after(size: int, beyond: int) -> int:
+            return ((size + beyond + 2 * before - k) // stride + blocks) * stride - size - before
 
-        x = F.pad(x, (before, after(x.shape[3]), before, after(x.shape[2])))
+        pad = (before, after(x.shape[3], self.beyond[0]), before, after(x.shape[2], self.beyond[1]))
         beyond = blocks * stride - k
         filters = F.pad(self.weight, (0, beyond, 0, beyond))
-        return F.conv2d(F.pixel_unshuffle(x, stride), F.pixel_unshuffle(filters, stride), self.bias)
+        in_blocks = _compiled_blocks() if self.looped else _blocks
+        return F.conv2d(in_blocks(x, filters, pad, stride), F.pixel_unshuffle(filters, stride), self.bias)
+
+
+def _blocks(x: Tensor, filters: Tensor, pad: tuple[int, ...], stride: int) -> Tensor:
+    """Padded pixels as blocks, in the filters' precision and layout."""
+    nhwc = filters.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    return F.pixel_unshuffle(F.pad(x.to(filters.dtype), pad), stride).contiguous(memory_format=layout)
+
+
+@cache
+def _compiled_blocks() -> Callable[..., Tensor]:
+    return compiled(_blocks)
 
 
 class UnfoldConv(nn.Conv2d):
@@ -183,22 +202,41 @@ class Network(nn.Module):
         super().__init__()
         for step in graph.steps:
             self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, engine))
-        self._rectified_by_the_next = set()
-        for (name, layer), (_, following) in pairwise(self.named_children()):
-            fused = isinstance(following, LocalResponseNorm) and engine == "regions" and formulation != "stock"
-            if fused and isinstance(layer, nn.ReLU):
+        self._left_to_the_next = set()
+        if engine == "regions" and formulation == "portable":
+            self._join()
+
+    def _join(self) -> None:
+        """Have layers take over what the one before them does, where one loop does both."""
+        for (name, layer), (_, following) in pairwise([("", None), *self.named_children()]):
+            if isinstance(following, BlockConv):
+                following.looped = True
+            if isinstance(layer, nn.ZeroPad2d) and isinstance(following, BlockConv):
+                _, right, _, bottom = layer.padding
+                following.beyond = (right, bottom)
+            elif isinstance(layer, nn.ReLU) and isinstance(following, LocalResponseNorm):
                 following.rectifies = True
-                self._rectified_by_the_next.add(name)
+            else:
+                continue
+            self._left_to_the_next.add(name)
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether images may come in any precision and layout."""
+        first = next(layer for name, layer in self.named_children() if name not in self._left_to_the_next)
+        return isinstance(first, BlockConv) and first.looped
 
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
     ) -> Tensor:
         for name, layer in self.named_children():
-            if record is None and name in self._rectified_by_the_next:
+            left = name in self._left_to_the_next
+            if left and record is None:
                 continue
-            x = layer(x, masks[name]) if masks is not None and name in masks else layer(x)
+            y = layer(x, masks[name]) if masks is not None and name in masks else layer(x)
             if record is not None:
-                record[name] = x
+                record[name] = y
+            x = x if left else y
         return x
 
 
@@ -270,6 +308,7 @@ class TorchSession(Session):
     """
 
     capture = staticmethod(device_capture)
+    _takes_pixels = False
     _narrow_update = False
     """Whether gradients go into the update in bfloat16, as they come, and the next step's weights come out of it."""
 
@@ -295,6 +334,7 @@ class TorchSession(Session):
         self.module.to(self._wide)
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = dict(self.module.named_parameters())
+        self._takes_pixels = isinstance(self.module, Network) and self.module.takes_pixels
         self.velocity: dict[str, Tensor] = {}
         self.recipe = graph.recipe
         # The factor on the loss, without which small gradients would vanish; the steps since it last changed; and after
@@ -510,7 +550,8 @@ class TorchSession(Session):
     ) -> Tensor:
         autocast = torch.autocast(self.device.type, self.dtype) if self.narrow and self.stock else nullcontext()
         dtype = images.dtype if self.narrow and self.stock else self.dtype
-        images = images.to(dtype, memory_format=self._layout if images.dim() == 4 else torch.preserve_format)
+        if not self._takes_pixels:
+            images = images.to(dtype, memory_format=self._layout if images.dim() == 4 else torch.preserve_format)
         with autocast:
             return torch.func.functional_call(self.module, operands, (images, masks, record))  # type: ignore[no-any-return]
 

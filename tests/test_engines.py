@@ -138,7 +138,7 @@ def test_lrn_for_compilers(layer, dtype):
 )
 def test_lrn_in_compiled_loops(layer, dtype, layout, monkeypatch):
     """Of 5 images in parts that overlap, in either layout, with gradients that lie otherwise."""
-    monkeypatch.setattr(torch_norms, "CACHED", 450)
+    monkeypatch.setattr(torch_norms, "LOOPED", 450)
     x = random_map(shape=(5, 8, 3, 9)).detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
     g = random_map(seed=1, shape=x.shape).detach().to(dtype)
     wide = torch.promote_types(dtype, torch.float32)

@@ -281,6 +281,19 @@ def test_a_convolution_in_blocks_is_the_convolution(kernel, stride, padding, siz
     )
     for a, b in zip((y, *found), (expected, *wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for right, bottom in ((stride, 0), (0, 2 * stride + 1)):
+        blocks.beyond = (right, bottom)
+        torch.testing.assert_close(blocks(x), plain(F.pad(x, (0, right, 0, bottom))), rtol=1e-12, atol=1e-13)
+
+
+def test_in_regions_layers_do_what_others_leave_to_them():
+    assert Network(GRAPH, engine="regions").conv1.beyond == (1, 2)
+    for engine, formulation, joined in (
+        ("regions", "portable", True),
+        ("regions", "stock", False),
+        ("eager", "portable", False),
+    ):
+        assert Network(GRAPH, formulation, engine).takes_pixels == joined
 
 
 @pytest.mark.parametrize(

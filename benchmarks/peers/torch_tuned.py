@@ -71,7 +71,7 @@ class Norm(nn.Module):
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:
-    """Zeros for the sums of one part, 4 images of 2 groups of channels, of which `window` sees two more on each side."""
+    """Zeros for the sums of one part, 4 images of 2 groups of channels; `window` sees two more on each side."""
     return torch.zeros(x[:4, 0].numel(), 2, x.shape[1] // 2 + 4)
 
 
@@ -234,7 +234,9 @@ def open_(asked: Asked) -> Opened:
                 leaves = {name: c.requires_grad_() for name, c in narrow.items()}
                 gradients = torch.autograd.grad(F.cross_entropy(forward(leaves), labels), list(leaves.values()))
                 with torch.no_grad():
-                    update(*(list(x.values()) for x in (weights, velocity)), list(gradients), list(leaves.values()), decays)
+                    update(
+                        *(list(x.values()) for x in (weights, velocity)), list(gradients), list(leaves.values()), decays
+                    )
                 done += 1
                 continue
             gradients = torch.autograd.grad(F.cross_entropy(forward(cast()), labels), list(weights.values()))
