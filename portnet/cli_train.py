@@ -43,7 +43,9 @@ def register(main: click.Group) -> None:
 @click.option("--formulation", type=click.Choice(["portable", "stock"]), default="portable", show_default=True,
               help="PortNet's own, or PyTorch's operators as people write them.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
-@click.option("--engine", default="eager", show_default=True, help="eager, compile or graph, as the backend has them.")
+@click.option(
+    "--engine", default="eager", show_default=True, help="eager, compile, graph or regions, as the backend has them."
+)
 @click.option("--channels-last", is_flag=True, help="Activations and filters in NHWC order on the device.")
 @click.option("--preset", help="paper2012, chm145, caffe or torchvision.")
 @click.option("--image-size", type=int, help="Pixels a side; the preset's own by default.")

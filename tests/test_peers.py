@@ -50,6 +50,7 @@ def test_a_peer_that_computes_something_else_has_no_figure(tmp_path):
     assert "images/s" not in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile loads torch.jit
 def test_the_tuned_script_draws_portnets_masks(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
@@ -61,6 +62,7 @@ def test_the_tuned_script_draws_portnets_masks(monkeypatch):
         np.testing.assert_array_equal(drawn, philox.keep_mask(0, layer, ids, 12, count, 0.5))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile loads torch.jit
 def test_the_tuned_scripts_loops_are_its_lrn(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))

@@ -2,8 +2,8 @@
 
 Channels-last; bfloat16 copies of float32 weights; LRN as a 1x1 convolution with a banded matrix, some images at a time;
 the first convolution on blocks of pixels; dropout by Philox's bits; the update of 2012 by torch's fused SGD. With
-`regions`, LRN with the ReLU before it, and in bfloat16 the update, are loops of torch's compiler. Its time beside that
-of PortNet's channels-last stack of the same engine is what the portable contract costs.
+`regions`, LRN with the ReLU before it, the blocks of pixels, and in bfloat16 the update, are loops of torch's compiler.
+Its time beside that of PortNet's channels-last stack of the same engine is what the portable contract costs.
 """
 
 from collections.abc import Iterator
@@ -150,13 +150,17 @@ def update(
         cast.copy_(weight)
 
 
+def blocks(x: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
+    after = 228 - x.shape[3] - before
+    x = F.pixel_unshuffle(F.pad(x.to(dtype), (before, after, before, after)), 4)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class First(nn.Conv2d):
     """The first convolution on blocks of 4 x 4 pixels: to 228 x 228 pixels belong 57 x 57 blocks of 48 channels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        before = int(self.padding[0])
-        after = 228 - x.shape[3] - before
-        x = F.pixel_unshuffle(F.pad(x, (before, after, before, after)), 4)
+        x = self.blocks(x, int(self.padding[0]), self.weight.dtype)
         return F.conv2d(x, F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 4), self.bias)
 
 
@@ -201,12 +205,13 @@ def open_(asked: Asked) -> Opened:
                 layer = NormLoops()
         elif isinstance(layer, nn.Conv2d) and layer.stride == (4, 4):
             first = First(3, channels, 11, 4, layer.padding)
+            first.blocks = torch.compile(blocks, dynamic=False) if regions else blocks
             first.load_state_dict(layer.state_dict())
             layer = first
         elif isinstance(layer, nn.Dropout):
             dropped.append(layer := Dropped())
-        elif isinstance(layer, nn.AdaptiveAvgPool2d):
-            continue  # of 6x6 to 6x6
+        elif isinstance(layer, nn.AdaptiveAvgPool2d) or (regions and isinstance(layer, nn.ZeroPad2d)):
+            continue  # of 6x6 to 6x6; the zeros are blocks' already
         parts.append(layer)
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
     weights = dict(model.named_parameters())
@@ -221,7 +226,7 @@ def open_(asked: Asked) -> Opened:
         return {name: w.to(dtype) for name, w in weights.items()}
 
     def forward(operands: dict[str, torch.Tensor]) -> torch.Tensor:
-        x = images.to(dtype, memory_format=torch.channels_last)
+        x = images if regions else images.to(dtype, memory_format=torch.channels_last)
         return torch.func.functional_call(model, operands, (x,)).float()
 
     def train(count: int) -> None:
