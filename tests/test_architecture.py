@@ -39,7 +39,15 @@ NEUTRAL = {
 }
 
 # Files of backends that are nobody's: what every torch device shares.
-LOADED_BY_OPEN = {"torch_session", "torch_parallel", "torch_philox", "torch_probe", "torch_own"}
+LOADED_BY_OPEN = {
+    "torch_session",
+    "torch_modes",
+    "torch_norms",
+    "torch_parallel",
+    "torch_philox",
+    "torch_probe",
+    "torch_own",
+}
 SHARED = {"torch_device", "timing", "onnx_session", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.
