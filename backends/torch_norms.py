@@ -134,7 +134,8 @@ def _padded(x: Tensor, layer: LRN, wide: torch.dtype) -> tuple[Tensor, Callable[
     shape[0], shape[2] = size, shape[2] + layer.size - 1
 
     def parts(t: Tensor) -> list[Tensor]:
-        return [rows(t)[start : start + size] for start in (min(i * size, len(whole) - size) for i in range(count))]
+        viewed = rows(t)
+        return [viewed[start : start + size] for start in (min(i * size, len(whole) - size) for i in range(count))]
 
     return x.new_zeros(shape, dtype=wide), parts
 

@@ -85,8 +85,8 @@ class BlockConv(nn.Conv2d):
             return ((size + beyond + 2 * before - k) // stride + blocks) * stride - size - before
 
         pad = (before, after(x.shape[3], self.beyond[0]), before, after(x.shape[2], self.beyond[1]))
-        beyond = blocks * stride - k
-        filters = F.pad(self.weight, (0, beyond, 0, beyond))
+        rest = blocks * stride - k
+        filters = F.pad(self.weight, (0, rest, 0, rest))
         in_blocks = _compiled_blocks() if self.looped else _blocks
         return F.conv2d(in_blocks(x, filters, pad, stride), F.pixel_unshuffle(filters, stride), self.bias)
 
@@ -349,13 +349,11 @@ class TorchSession(Session):
         self._cast_from: tuple[int, ...] = ()
         self._infer: Callable[..., Tensor] = self._inferred
         self._train: Callable[..., Tensor] = self._trained
-        if settings.engine == "compile":
-            for name in ("_forward", "_losses", "_draw", "_update"):
-                setattr(self, name, compiled(getattr(self, name)))
-        elif settings.engine == "graph":
+        whole = ("_forward", "_losses", "_draw", "_update") if settings.engine == "compile" else ()
+        for name in ("_update",) if self._narrow_update else whole:
+            setattr(self, name, compiled(getattr(self, name)))
+        if settings.engine == "graph":
             self._infer = Captured(self._inferred, capture=self.capture)
-        elif self._narrow_update:
-            self._update = compiled(self._update)  # type: ignore[method-assign]
 
     # What a session that shares the network with others does in its own way; see `torch_parallel`.
 
