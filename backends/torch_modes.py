@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from typing import Any
 
@@ -53,6 +53,26 @@ def without(names: Collection[str]) -> Iterator[None]:
     finally:
         for holder, was in zip(holders, before, strict=True):
             holder.enabled = was
+
+
+# torch's functions of one tensor that a processor computes by oneMKL's vector mathematics where it can.
+VECTOR_MATHEMATICS = (
+    *("acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1"),
+    *("log", "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh"),
+)
+
+
+@cache
+def choose_kernels() -> None:
+    """Have oneMKL choose its kernels once for this process, while one thread computes.
+
+    It chooses at the first call of a function. Where several threads make it, one of them may take a kernel of lower
+    accuracy for its whole part: 3 in 100 processes had half of their first square roots off by up to 3e-4
+    (pytorch/pytorch#188792; oneMKL 2024.2, AVX-512), and ended in other bits than the rest.
+    """
+    for dtype in (torch.float32, torch.float64):
+        for name in VECTOR_MATHEMATICS:
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype, device="cpu"))
 
 
 # What torch says of itself while compiling: that TF32 would be faster than the float32 asked for, and of its own

@@ -26,7 +26,7 @@ from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unavail
 from portnet.errors import InputError
 from portnet.onnx_export import _LARGEST, BATCH, INPUT, OUTPUT
 from portnet.own_model import Model
-from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_modes import choose_kernels, compiled, fp32_precision
 from portnet_backends.torch_session import DTYPES, Captured, TorchSession
 
 _SAMPLE = 64
@@ -49,6 +49,7 @@ class OwnSession(TorchSession):
         self.model, self.settings, self._wait = model, settings, wait
         self.device = torch.device(device_type)
         torch_probe.forget_peak(self.device)
+        choose_kernels()
         self.dtype = DTYPES[settings.precision]
         self.narrow = self.dtype in (torch.bfloat16, torch.float16)
         self.stock = True

@@ -33,7 +33,7 @@ from portnet.graph import (
     SpatialLRN,
 )
 from portnet_backends import torch_philox
-from portnet_backends.torch_modes import compiled, fp32_precision, without
+from portnet_backends.torch_modes import choose_kernels, compiled, fp32_precision, without
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm, lying_like
 
 DTYPES = {
@@ -320,6 +320,7 @@ class TorchSession(Session):
         from portnet_backends import torch_probe
 
         torch_probe.forget_peak(self.device)
+        choose_kernels()
         self.dtype = DTYPES[settings.precision]
         self.stock = settings.formulation == "stock"
         self.narrow = self.dtype in (torch.bfloat16, torch.float16)
