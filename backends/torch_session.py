@@ -35,6 +35,7 @@ from portnet.graph import (
 from portnet_backends import torch_philox
 from portnet_backends.torch_modes import choose_kernels, compiled, fp32_precision, without
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm, lying_like
+from portnet_backends.torch_rows import Row, rows
 
 DTYPES = {
     "float64": torch.float64,
@@ -195,16 +196,22 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
 class Network(nn.Module):
     """The graph's chain as an ``nn.Module`` whose parameters have the graph's names; takes and gives NCHW tensors.
 
-    `formulation` and `engine` are the backend's; see `LocalResponseNorm` for what follows from the engine.
+    `formulation` and `engine` are the backend's; see `LocalResponseNorm` and `Row` for what follows from the engine and
+    from `narrow` values, of 16 bits.
     """
 
-    def __init__(self, graph: Graph, formulation: str = "portable", engine: str = "eager") -> None:
+    def __init__(
+        self, graph: Graph, formulation: str = "portable", engine: str = "eager", *, narrow: bool = False
+    ) -> None:
         super().__init__()
         for step in graph.steps:
             self.add_module(step.layer.name, layer_module(step.layer, step.input[0], formulation, engine))
         self._left_to_the_next = set()
+        self._rows: dict[str, Row] = {}
         if engine == "regions" and formulation == "portable":
             self._join()
+            # A ReLU left to the next layer is not run, and nothing would part the two again.
+            self._rows = {name: r for name, r in rows(graph) if narrow and r.last not in self._left_to_the_next}
 
     def _join(self) -> None:
         """Have layers take over what the one before them does, where one loop does both."""
@@ -229,13 +236,21 @@ class Network(nn.Module):
     def forward(
         self, x: Tensor, masks: Mapping[str, Tensor] | None = None, record: dict[str, Tensor] | None = None
     ) -> Tensor:
+        row: Row | None = None
         for name, layer in self.named_children():
             left = name in self._left_to_the_next
             if left and record is None:
                 continue
+            if name in self._rows and len(x) % 2 == 0:
+                row = self._rows[name]
+                x = row.join(x)
             y = layer(x, masks[name]) if masks is not None and name in masks else layer(x)
+            if row and isinstance(layer, nn.Conv2d):
+                y = row.clear(y)
             if record is not None:
-                record[name] = y
+                record[name] = row.part(y) if row else y
+            if row and name == row.last:
+                row, y = None, row.part(y)
             x = x if left else y
         return x
 
@@ -359,7 +374,7 @@ class TorchSession(Session):
     # What a session that shares the network with others does in its own way; see `torch_parallel`.
 
     def _network(self) -> nn.Module:
-        return Network(self.graph, self.settings.formulation, self.settings.engine)
+        return Network(self.graph, self.settings.formulation, self.settings.engine, narrow=self.narrow)
 
     def _owned(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
         """Of the whole network's arrays, by parameter, those that this process holds."""

@@ -43,6 +43,7 @@ LOADED_BY_OPEN = {
     "torch_session",
     "torch_modes",
     "torch_norms",
+    "torch_rows",
     "torch_parallel",
     "torch_philox",
     "torch_probe",

@@ -24,16 +24,16 @@ def rates(done):
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"),
+    ("asked", "batch", "names"),
     [
-        (["train", "torchvision", "--peers", "torch", "torch-tuned-bfloat16"], ["torch", "torch-tuned-bfloat16"]),
-        (["train", "paper2012", "--peers", "torch-regions-bfloat16"], ["torch-regions-bfloat16"]),
-        (["infer", "paper2012", "--peers", "torch", "onnxruntime"], ["torch", "onnxruntime"]),
+        (["train", "torchvision", "--peers", "torch", "torch-tuned-bfloat16"], 1, ["torch", "torch-tuned-bfloat16"]),
+        (["train", "paper2012", "--peers", "torch-regions-bfloat16"], 2, ["torch-regions-bfloat16"]),
+        (["infer", "paper2012", "--peers", "torch", "onnxruntime"], 1, ["torch", "onnxruntime"]),
     ],
     ids=["train", "regions", "infer"],
 )
-def test_peers_take_turns_with_portnet(asked, names):
-    found = rates(run(*asked, "--batch", 1, "--rounds", 1, "--blocks", 1))
+def test_peers_take_turns_with_portnet(asked, batch, names):
+    found = rates(run(*asked, "--batch", batch, "--rounds", 1, "--blocks", 1))
     assert list(found) == ["cpu/eager/float32", *names]
     assert min(found.values()) > 0
 
