@@ -84,10 +84,13 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: LRN, wide: torch.dtype, rectifies: bool) -> Tensor:
         x = _either_layout(x)
-        y, root = torch.empty_like(x), torch.empty_like(x, dtype=wide)
+        y = torch.empty_like(x)
+        root = torch.empty_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
         loops, scale = _loops(), layer.alpha / layer.size
         buffer, parts = _padded(x, layer, wide)
-        for xs, ys, roots in zip(*(parts(t) for t in (x, y, root)), strict=True):
+        outputs = parts(y)
+        kept = [None] * len(outputs) if root is None else parts(root)
+        for xs, ys, roots in zip(parts(x), outputs, kept, strict=True):
             loops["squares"](buffer, xs, layer.size // 2, rectifies)
             loops["normed"](ys, roots, buffer, xs, layer.size, scale, layer.k, layer.beta, rectifies)
         ctx.save_for_backward(x, root)
@@ -155,12 +158,21 @@ def _window(buffer: Tensor, size: int) -> Tensor:
 
 
 def _normed(
-    y: Tensor, root: Tensor, buffer: Tensor, x: Tensor, size: int, scale: float, k: float, beta: float, rectifies: bool
+    y: Tensor,
+    root: Tensor | None,
+    buffer: Tensor,
+    x: Tensor,
+    size: int,
+    scale: float,
+    k: float,
+    beta: float,
+    rectifies: bool,
 ) -> None:
     wide = x.relu() if rectifies else x
     below = torch.rsqrt(_window(buffer, size) * scale + k)
-    root.copy_(below)
-    y.copy_(_factor(below, beta) * wide.to(root.dtype))
+    if root is not None:
+        root.copy_(below)
+    y.copy_(_factor(below, beta) * wide.to(buffer.dtype))
 
 
 def _products(buffer: Tensor, x: Tensor, g: Tensor, root: Tensor, before: int, beta: float, rectifies: bool) -> None:

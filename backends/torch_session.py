@@ -4,8 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from itertools import pairwise
+from functools import cache, reduce
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class BlockConv(nn.Conv2d):
     with stride 4 on 3 channels, becomes 3x3 on 48, and channels are what libraries fill their vectors and tiles with.
 
     `beyond`: zeros to add on the right and at the bottom, which a `Pad` layer before it would. With `looped`, pixels of
-    any precision become blocks in one loop of torch's compiler.
+    any precision become blocks in one loop of torch's compiler, or are moved four at a time.
     """
 
     beyond = (0, 0)
@@ -88,7 +88,11 @@ class BlockConv(nn.Conv2d):
         pad = (before, after(x.shape[3], self.beyond[0]), before, after(x.shape[2], self.beyond[1]))
         rest = blocks * stride - k
         filters = F.pad(self.weight, (0, rest, 0, rest))
-        in_blocks = _compiled_blocks() if self.looped else _blocks
+        in_blocks = _blocks
+        if self.looped:
+            nhwc = filters.is_contiguous(memory_format=torch.channels_last)
+            whole = nhwc and stride * filters.element_size() == torch.int64.itemsize and not x.requires_grad
+            in_blocks = _blocks_of_words if whole else _compiled_blocks()
         return F.conv2d(in_blocks(x, filters, pad, stride), F.pixel_unshuffle(filters, stride), self.bias)
 
 
@@ -102,6 +106,17 @@ def _blocks(x: Tensor, filters: Tensor, pad: tuple[int, ...], stride: int) -> Te
 @cache
 def _compiled_blocks() -> Callable[..., Tensor]:
     return compiled(_blocks)
+
+
+def _blocks_of_words(x: Tensor, filters: Tensor, pad: tuple[int, ...], stride: int) -> Tensor:
+    """The same in channels-last layout, where `stride` pixels are 8 bytes: each moves as one integer."""
+    left, right, top, bottom = pad
+    n, channels, height, width = x.shape
+    padded = filters.new_zeros(n, channels, top + height + bottom, left + width + right)
+    kept = x[:, :, : height + bottom, : width + right]  # what no filter reaches is left out
+    padded[:, :, top : top + kept.shape[2], left : left + kept.shape[3]].copy_(kept)
+    words = padded.view(torch.int64).unflatten(2, (-1, stride)).permute(0, 2, 4, 1, 3).contiguous()
+    return words.view(filters.dtype).flatten(3).permute(0, 3, 1, 2)
 
 
 class UnfoldConv(nn.Conv2d):
@@ -162,6 +177,27 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         return x if x.shape[2:] == (size, size) else super().forward(x)
 
 
+class MaxPool2d(nn.MaxPool2d):
+    """torch's, which also notes where each maximum was; without a backward pass to come, one loop over channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x.requires_grad and torch.is_grad_enabled()) or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return _compiled_maxima()(x.permute(0, 2, 3, 1), self.kernel_size, self.stride).permute(0, 3, 1, 2)
+
+
+def _maxima(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Of (N, H, W, C), as (N, H', W', C)."""
+    height, width = ((size - kernel) // stride * stride + 1 for size in x.shape[1:3])
+    places = product(range(kernel), repeat=2)
+    return reduce(torch.maximum, [x[:, r : r + height : stride, c : c + width : stride] for r, c in places])
+
+
+@cache
+def _compiled_maxima() -> Callable[..., Tensor]:
+    return compiled(_maxima)
+
+
 CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {"unfold": UnfoldConv, "direct": DirectConv}
 
 
@@ -183,7 +219,8 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
         case SpatialLRN():
             return SpatialResponseNorm(layer, stock=formulation == "stock", traced=engine == "compile")
         case MaxPool():
-            return nn.MaxPool2d(layer.kernel, layer.stride)
+            looped = engine == "regions" and formulation == "portable"
+            return (MaxPool2d if looped else nn.MaxPool2d)(layer.kernel, layer.stride)
         case AdaptiveAvgPool():
             return (nn.AdaptiveAvgPool2d if formulation == "stock" else AdaptiveAvgPool2d)(layer.size)
         case Flatten():

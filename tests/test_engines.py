@@ -3,6 +3,7 @@
 torch.compile takes seconds a network, so what is compiled here is small and compiled few times.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from portnet import parity, plugins
 from portnet.contract import Settings, Unsupported
 from portnet.errors import PortNetError
-from portnet.graph import Conv, Graph
+from portnet.graph import LRN, Conv, Graph
 from portnet_backends import cpu, torch_modes, torch_norms, torch_philox, torch_session
 from portnet_backends.accelerator import Accelerator
 from portnet_backends.cpu import Cpu
@@ -151,6 +152,34 @@ def test_lrn_in_compiled_loops(layer, dtype, layout, monkeypatch):
     torch.testing.assert_close(y, expected, **close)
     torch.testing.assert_close(*(torch.autograd.grad(out, x, g)[0] for out in (y, expected)), **close)
     assert looped(x[:0]).shape == (0, 8, 3, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 13), (3, 2, 12), (2, 3, 9)])
+def test_pooling_in_one_loop_is_torchs(kernel, stride, size, dtype, monkeypatch):
+    x = random_map(shape=(2, 8, size, size + 1)).detach().to(dtype)
+    x[0, 1, 2, 3] = math.nan
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = F.max_pool2d(x, kernel, stride)
+    monkeypatch.setattr(F, "max_pool2d", None)
+    y = torch_session.MaxPool2d(kernel, stride)(x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert y.stride() == expected.stride()
+
+
+def test_lrn_that_no_gradient_comes_to_keeps_nothing(monkeypatch):
+    norm = LocalResponseNorm(LRN(name="n", alpha=1e-3, k=2.0), 8, stock=False, engine="regions").float()
+    loops, kept = torch_norms._loops(), []
+
+    def normed(y, root, *rest):
+        kept.append(root is not None)
+        loops["normed"](y, root, *rest)
+
+    monkeypatch.setattr(torch_norms, "_loops", lambda: loops | {"normed": normed})
+    x = random_map().detach().float()
+    y = norm(x)
+    torch.testing.assert_close(norm(x.requires_grad_()), y, rtol=0, atol=0)
+    assert kept == [False, True]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -305,6 +305,26 @@ def test_the_portable_formulation_convolves_with_a_stride_in_blocks(formulation,
     assert type(network.conv2) is (UnfoldConv if formulation == "unfold" else torch.nn.Conv2d)
 
 
+CASES = [(11, 2, (0, 0)), (11, 0, (3, 2)), (12, 0, (0, 0)), (4, 1, (0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "padding", "beyond"),
+    [*((torch.bfloat16, *case) for case in CASES), (torch.float32, *CASES[0])],
+)
+def test_pixels_move_four_at_a_time(dtype, kernel, padding, beyond, monkeypatch):
+    if dtype == torch.bfloat16:  # four of float32 are no word
+        monkeypatch.setattr(torch_session, "_compiled_blocks", None)
+    torch.manual_seed(0)
+    layer = BlockConv(3, 4, kernel, 4, padding).to(dtype, memory_format=torch.channels_last)
+    layer.beyond = beyond
+    x = torch.randn(2, 3, 26, 30)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.looped = True
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
 # Precision of float32 products.
 
 # torch 2.8 has no such settings; what it has is tested with a fake.
