@@ -29,47 +29,32 @@ class Row:
 
     def join(self, x: Tensor) -> Tensor:
         """(N, C, H, W) as (N/2, C, H, 2 W + gap): the first half of the batch beside the second."""
-        return _Joined.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Halves.apply(x, self, True)  # type: ignore[no-any-return, no-untyped-call]
 
     def part(self, x: Tensor) -> Tensor:
         """What `join` joined."""
-        return _Parted.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Halves.apply(x, self, False)  # type: ignore[no-any-return, no-untyped-call]
 
     def clear(self, x: Tensor) -> Tensor:
         """Zeros in the gap, in place. The gradient there passes as it is: a ReLU must come next, which stops it."""
         return _Cleared.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
 
-    def joined(self, x: Tensor) -> Tensor:
+
+class _Halves(torch.autograd.Function):
+    """`Row.join` or `Row.part`: the gradient of either is the other's result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: Row, joins: bool) -> Tensor:
+        ctx.row, ctx.joins = row, joins
+        if not joins:
+            return torch.cat([x[..., : row.width], x[..., -row.width :]])
         n, channels, height, _ = x.shape
-        between = x.new_zeros(n // 2, height, self.gap, channels).permute(0, 3, 1, 2)
+        between = x.new_zeros(n // 2, height, row.gap, channels).permute(0, 3, 1, 2)
         return torch.cat([x[: n // 2], between, x[n // 2 :]], dim=3)
 
-    def parted(self, x: Tensor) -> Tensor:
-        return torch.cat([x[..., : self.width], x[..., -self.width :]])
-
-
-class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row: Row) -> Tensor:
-        ctx.row = row
-        return row.joined(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.row.parted(g), None
-
-
-class _Parted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, row: Row) -> Tensor:
-        ctx.row = row
-        return row.parted(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.row.joined(g), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Halves.apply(g, ctx.row, not ctx.joins), None, None
 
 
 class _Cleared(torch.autograd.Function):
