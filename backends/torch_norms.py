@@ -1,6 +1,6 @@
 """Local response normalisation as torch modules, in words for a device's library or for torch's compiler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,6 @@ from portnet_backends.torch_modes import compiled, fp32_precision
 
 CACHED = 2**20
 """Values of LRN that a processor computes in one go: so few that those in between stay in its caches."""
-LOOPED = 2**21
-"""The same for compiled loops, which have one array in between where the operations have several."""
 
 
 class _AcrossChannels(torch.autograd.Function):
@@ -75,10 +73,13 @@ def lying_like(other: Tensor, x: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """The same on a processor in four loops of torch's compiler, where the product takes some twenty operations.
+    """The same on a processor as one loop of torch's compiler each way, where the product takes some twenty operations.
 
-    A loop writes what is summed into a buffer with zeros around each group of channels, the next one sums slices of it.
-    As one, its loads would be masked, and it would take four times as long.
+    The loop reads the values some channels away wherever they lie in memory. Beyond a group's ends those are another
+    group's or another position's, and count zero times: a condition would take the loop three times as long. Next to a
+    value that is not finite they may so become NaN, in another image too.
+
+    Kept for the backward pass are the input and d^-1/4, whose powers are products for AlexNet's own beta of 3/4.
     """
 
     @staticmethod
@@ -86,13 +87,9 @@ class _Fused(torch.autograd.Function):
         x = _either_layout(x)
         y = torch.empty_like(x)
         root = torch.empty_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
-        loops, scale = _loops(), layer.alpha / layer.size
-        buffer, parts = _padded(x, layer, wide)
-        outputs = parts(y)
-        kept = [None] * len(outputs) if root is None else parts(root)
-        for xs, ys, roots in zip(parts(x), outputs, kept, strict=True):
-            loops["squares"](buffer, xs, layer.size // 2, rectifies)
-            loops["normed"](ys, roots, buffer, xs, layer.size, scale, layer.k, layer.beta, rectifies)
+        shifts, inside = _neighbours(layer, x.shape[1], wide)
+        for (ys, roots), (near,) in _parts_with_neighbours([y, root], [x], shifts):
+            _loops()["normed"](ys, roots, near, inside, layer.alpha / layer.size, layer.k, layer.beta, rectifies)
         ctx.save_for_backward(x, root)
         ctx.layer, ctx.rectifies = layer, rectifies
         return y
@@ -103,13 +100,10 @@ class _Fused(torch.autograd.Function):
         x, root = ctx.saved_tensors
         layer: LRN = ctx.layer
         dx = torch.empty_like(x)
-        loops, scale = _loops(), -2 * layer.beta * layer.alpha / layer.size
-        buffer, parts = _padded(x, layer, root.dtype)
-        # The adjoint's window lies the other way around its channel.
-        before = layer.size - 1 - layer.size // 2
-        for xs, gs, roots, dxs in zip(*(parts(t) for t in (x, lying_like(x, g), root, dx)), strict=True):
-            loops["products"](buffer, xs, gs, roots, before, layer.beta, ctx.rectifies)
-            loops["gradient"](dxs, buffer, xs, gs, roots, layer.size, scale, layer.beta, ctx.rectifies)
+        shifts, inside = _neighbours(layer, x.shape[1], root.dtype, adjoint=True)
+        scale = -2 * layer.beta * layer.alpha / layer.size
+        for (dxs,), near in _parts_with_neighbours([dx], [x, lying_like(x, g), root], shifts):
+            _loops()["gradient"](dxs, *near, inside, scale, layer.beta, ctx.rectifies)
         return dx, None, None, None
 
 
@@ -117,87 +111,105 @@ def _either_layout(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
 
 
-def _padded(x: Tensor, layer: LRN, wide: torch.dtype) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """A buffer for one part of `x`, and what views such a tensor as parts of one shape, channels of a group in dim 2.
+def _neighbours(layer: LRN, channels: int, wide: torch.dtype, *, adjoint: bool = False) -> tuple[list[int], Tensor]:
+    """How many channels away those of a window are, the middle first, and where they are in the group: 0 or 1.
 
-    The last part overlaps the one before where the number does not come out even: its values are computed twice,
-    which is less than a compilation for another shape.
+    Shape (window, channels, 1). The `adjoint`'s window lies the other way around its channel.
     """
-
-    def rows(t: Tensor) -> Tensor:
-        if t.is_contiguous():
-            return t.unflatten(1, (layer.groups, -1)).flatten(3)
-        return t.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (layer.groups, -1))
-
-    whole = rows(x)
-    most = max(1, LOOPED // max(1, whole[:1].numel()))
-    count = -(-len(whole) // most)
-    size = -(-len(whole) // max(1, count))
-    shape = list(whole.shape)
-    shape[0], shape[2] = size, shape[2] + layer.size - 1
-
-    def parts(t: Tensor) -> list[Tensor]:
-        viewed = rows(t)
-        return [viewed[start : start + size] for start in (min(i * size, len(whole) - size) for i in range(count))]
-
-    return x.new_zeros(shape, dtype=wide), parts
+    width = channels // layer.groups
+    away = sorted((i - layer.size // 2 for i in range(layer.size)), key=abs)
+    shifts = [-s if adjoint else s for s in away if abs(s) < width]
+    channel = torch.arange(channels, device="cpu") % width
+    inside = torch.stack([(channel + s >= 0) & (channel + s < width) for s in shifts])
+    return shifts, inside[:, :, None].to(wide)
 
 
-def _squares(buffer: Tensor, x: Tensor, before: int, rectifies: bool) -> None:
-    wide = x.to(buffer.dtype)
-    if rectifies:
-        wide = wide.relu()
-    buffer.narrow(2, before, x.shape[2]).copy_(wide * wide)
+def _parts_with_neighbours(
+    outputs: list[Tensor | None], inputs: list[Tensor], shifts: list[int]
+) -> Iterator[tuple[list[Tensor | None], list[list[Tensor]]]]:
+    """Tensors of one layout in two parts of (runs, channels, positions), each input once for each shift of channels.
+
+    The first and the last run of channels, with no memory before or behind them, are copied between zeros.
+    """
+    runs = [_runs(t) for t in inputs]
+    count, channels, positions = runs[0].shape
+    reach = max(map(abs, shifts)) * positions
+
+    def apart(ends: Tensor) -> Tensor:
+        apart = channels * positions + reach
+        zeros = ends.new_zeros(reach + len(ends) * apart)
+        return zeros.as_strided(ends.shape, (apart, positions, 1), reach).copy_(ends)
+
+    def part(within: slice, of: Callable[[Tensor], Tensor]) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+        parts = [of(t[within]) for t in runs]
+        near = [[t.as_strided(t.shape, t.stride(), t.storage_offset() + s * positions) for s in shifts] for t in parts]
+        return [t if t is None else _runs(t)[within] for t in outputs], near
+
+    if count > 2:
+        yield part(slice(1, -1), lambda t: t)
+    if count:
+        yield part(slice(None, None, max(1, count - 1)), apart)
 
 
-def _window(buffer: Tensor, size: int) -> Tensor:
-    total = buffer.narrow(2, 0, buffer.shape[2] - size + 1)
-    for shift in range(1, size):
-        total = total + buffer.narrow(2, shift, total.shape[2])
-    return total
+def _runs(x: Tensor) -> Tensor:
+    """(runs, channels, positions): a run is an image, or in channels-last layout a position."""
+    return x.flatten(2) if x.is_contiguous() else x.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None]
 
 
 def _normed(
     y: Tensor,
     root: Tensor | None,
-    buffer: Tensor,
-    x: Tensor,
-    size: int,
+    near: list[Tensor],
+    inside: Tensor,
     scale: float,
     k: float,
     beta: float,
     rectifies: bool,
 ) -> None:
-    wide = x.relu() if rectifies else x
-    below = torch.rsqrt(_window(buffer, size) * scale + k)
+    middle, *others = (_wide(x, inside, rectifies) for x in near)
+    total = middle * middle
+    for other, there in zip(others, inside[1:], strict=True):
+        total = total + (there * other) ** 2
+    found = torch.rsqrt(total * scale + k).sqrt()
     if root is not None:
-        root.copy_(below)
-    y.copy_(_factor(below, beta) * wide.to(buffer.dtype))
-
-
-def _products(buffer: Tensor, x: Tensor, g: Tensor, root: Tensor, before: int, beta: float, rectifies: bool) -> None:
-    outer, wide = _factor(root, beta) * g.to(root.dtype), x.relu() if rectifies else x
-    buffer.narrow(2, before, x.shape[2]).copy_(outer * wide.to(root.dtype) * root * root)
+        root.copy_(found)
+    y.copy_(_to_the_beta(found, beta) * middle)
 
 
 def _gradient(
     dx: Tensor,
-    buffer: Tensor,
-    x: Tensor,
-    g: Tensor,
-    root: Tensor,
-    size: int,
+    near: list[Tensor],
+    near_g: list[Tensor],
+    near_root: list[Tensor],
+    inside: Tensor,
     scale: float,
     beta: float,
     rectifies: bool,
 ) -> None:
-    found = _factor(root, beta) * g.to(root.dtype) + scale * x.to(root.dtype) * _window(buffer, size)
+    middle, *others = (
+        (g.to(root.dtype) * _to_the_beta(root, beta), _wide(x, inside, rectifies), root)
+        for x, g, root in zip(near, near_g, near_root, strict=True)
+    )
+    outer, x, root = middle
+    total = outer * x * (root * root) ** 2
+    for (outers, xs, roots), there in zip(others, inside[1:], strict=True):
+        total = total + there * (outers * xs * (roots * roots) ** 2)
+    found = outer + scale * x * total
     dx.copy_(torch.where(x > 0, found, 0) if rectifies else found)
+
+
+def _wide(x: Tensor, like: Tensor, rectifies: bool) -> Tensor:
+    return (x.relu() if rectifies else x).to(like.dtype)
+
+
+def _to_the_beta(root: Tensor, beta: float) -> Tensor:
+    """``d^-beta`` of ``d^-1/4``."""
+    return root * root * root if beta == 0.75 else root.pow(4 * beta)
 
 
 @cache
 def _loops() -> dict[str, Callable[..., Any]]:
-    return {f.__name__[1:]: compiled(f) for f in (_squares, _normed, _products, _gradient)}
+    return {f.__name__[1:]: compiled(f) for f in (_normed, _gradient)}
 
 
 def _sum_across_channels(x: Tensor, layer: LRN, wide: torch.dtype) -> Tensor:

@@ -178,19 +178,27 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """torch's, which also notes where each maximum was; without a backward pass to come, one loop over channels."""
+    """torch's, which also notes where each maximum was; without a backward pass to come, one loop over channels.
+
+    With `rectifies` its maxima, and not the values four times as many, go through the ReLU that stands before it.
+    """
+
+    rectifies = False
 
     def forward(self, x: Tensor) -> Tensor:
         if (x.requires_grad and torch.is_grad_enabled()) or not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        return _compiled_maxima()(x.permute(0, 2, 3, 1), self.kernel_size, self.stride).permute(0, 3, 1, 2)
+            y = super().forward(x)
+            return F.relu(y, inplace=True) if self.rectifies else y
+        maxima = _compiled_maxima()(x.permute(0, 2, 3, 1), self.kernel_size, self.stride, self.rectifies)
+        return maxima.permute(0, 3, 1, 2)
 
 
-def _maxima(x: Tensor, kernel: int, stride: int) -> Tensor:
+def _maxima(x: Tensor, kernel: int, stride: int, rectifies: bool) -> Tensor:
     """Of (N, H, W, C), as (N, H', W', C)."""
     height, width = ((size - kernel) // stride * stride + 1 for size in x.shape[1:3])
     places = product(range(kernel), repeat=2)
-    return reduce(torch.maximum, [x[:, r : r + height : stride, c : c + width : stride] for r, c in places])
+    y = reduce(torch.maximum, [x[:, r : r + height : stride, c : c + width : stride] for r, c in places])
+    return y.relu() if rectifies else y
 
 
 @cache
@@ -246,19 +254,21 @@ class Network(nn.Module):
         self._left_to_the_next = set()
         self._rows: dict[str, Row] = {}
         if engine == "regions" and formulation == "portable":
+            self._rows = dict(rows(graph)) if narrow else {}
             self._join()
-            # A ReLU left to the next layer is not run, and nothing would part the two again.
-            self._rows = {name: r for name, r in rows(graph) if narrow and r.last not in self._left_to_the_next}
 
     def _join(self) -> None:
-        """Have layers take over what the one before them does, where one loop does both."""
+        """Have layers take over what the one before them does, where one loop does both, or does less."""
+        ends = {row.last for row in self._rows.values()}  # the two images are parted behind it
         for (name, layer), (_, following) in pairwise([("", None), *self.named_children()]):
             if isinstance(following, BlockConv):
                 following.looped = True
             if isinstance(layer, nn.ZeroPad2d) and isinstance(following, BlockConv):
                 _, right, _, bottom = layer.padding
                 following.beyond = (right, bottom)
-            elif isinstance(layer, nn.ReLU) and isinstance(following, LocalResponseNorm):
+            elif (
+                isinstance(layer, nn.ReLU) and isinstance(following, LocalResponseNorm | MaxPool2d) and name not in ends
+            ):
                 following.rectifies = True
             else:
                 continue

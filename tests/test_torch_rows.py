@@ -34,9 +34,9 @@ def test_which_convolutions_share_rows():
     assert not dict(rows(alexnet.graph("torchvision", image_size=448)))
 
 
-def results(*, narrow, batch, layout=torch.contiguous_format):
+def results(*, narrow, batch, layout=torch.contiguous_format, engine="regions"):
     torch.manual_seed(0)
-    network = Network(GRAPH, engine="regions", narrow=narrow).double().to(memory_format=layout)
+    network = Network(GRAPH, engine=engine, narrow=narrow).double().to(memory_format=layout)
     x = torch.randn(batch, *GRAPH.input, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     record = {}
     y = network(x)
@@ -53,6 +53,13 @@ def test_rows_of_two_are_the_same_convolutions(batch, layout):
     assert shared.keys() == alone.keys()
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_relu_behind_the_maxima_is_the_same(layout):
+    behind, before = (results(narrow=False, batch=3, layout=layout, engine=e) for e in ("regions", "eager"))
+    for name, value in before.items():
+        torch.testing.assert_close(behind[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_rows_end_before_a_relu_that_is_left_to_the_next_layer():
