@@ -2,8 +2,9 @@
 
 Channels-last; bfloat16 copies of float32 weights; LRN as a 1x1 convolution with a banded matrix, some images at a time;
 the first convolution on blocks of pixels; dropout by Philox's bits; the update of 2012 by torch's fused SGD. With
-`regions`, LRN with the ReLU before it, the blocks of pixels, and in bfloat16 the update, are loops of torch's compiler,
-and the last three convolutions take two images of an even batch in a row, 13 + 1 + 13 wide. Its time beside that of
+`regions`, LRN with the ReLU before it and in bfloat16 the update are loops of torch's compiler, so are the blocks of
+pixels, which in bfloat16 move four at a time; a ReLU comes behind the maxima of a pool; and in bfloat16 the last three
+convolutions take two images of an even batch in a row, 13 + 1 + 13 wide. Its time beside that of
 PortNet's channels-last stack of the same engine is what the portable contract costs.
 """
 
@@ -71,62 +72,61 @@ class Norm(nn.Module):
         return Lrn.apply(x, self.band)
 
 
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """Zeros for the sums of one part, 4 images of 2 groups of channels; `window` sees two more on each side."""
-    return torch.zeros(x[:4, 0].numel(), 2, x.shape[1] // 2 + 4)
+def places(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def quarters(x: torch.Tensor) -> list[torch.Tensor]:
-    """4 images each, as (position, group, channel)."""
-    return list(x.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (2, -1)).split(4 * x[0, 0].numel()))
+def near(x: torch.Tensor) -> list[torch.Tensor]:
+    """(places, channels) one, two and no channels away, as memory has them."""
+    return [x.as_strided(x.shape, x.stride(), x.storage_offset() + s) for s in (-2, -1, 0, 1, 2)]
 
 
-def window(sums: torch.Tensor) -> torch.Tensor:
-    return sums[..., :-4] + sums[..., 1:-3] + sums[..., 2:-2] + sums[..., 3:-1] + sums[..., 4:]
+def ends(x: torch.Tensor) -> torch.Tensor:
+    """The first and the last place, between zeros."""
+    zeros = x.new_zeros(2, x.shape[1] + 4)
+    zeros[:, 2:-2] = x[:: len(x) - 1]
+    return zeros[:, 2:-2]
+
+
+def inside(channels: int) -> torch.Tensor:
+    at = torch.arange(channels) % (channels // 2)
+    return torch.stack([((at + s >= 0) & (at + s < channels // 2)).float() for s in (-2, -1, 0, 1, 2)])
 
 
 @partial(torch.compile, dynamic=False)
-def squares(sums: torch.Tensor, x: torch.Tensor) -> None:
-    sums[..., 2:-2].copy_(x.float().relu() ** 2)
-
-
-@partial(torch.compile, dynamic=False)
-def normed(y: torch.Tensor, root: torch.Tensor, sums: torch.Tensor, x: torch.Tensor) -> None:
-    below = torch.rsqrt(window(sums) * 1e-4 + 2.0)
+def normed(y: torch.Tensor, root: torch.Tensor, x: list[torch.Tensor], mask: torch.Tensor) -> None:
+    wide = [each.float().relu() for each in x]
+    below = torch.rsqrt(sum((m * w) ** 2 for m, w in zip(mask, wide, strict=True)) * 1e-4 + 2.0).sqrt()
     root.copy_(below)
-    y.copy_(below.sqrt() * below * x.float().relu())
+    y.copy_(below**3 * wide[2])
 
 
 @partial(torch.compile, dynamic=False)
-def products(sums: torch.Tensor, x: torch.Tensor, g: torch.Tensor, root: torch.Tensor) -> None:
-    sums[..., 2:-2].copy_(root.sqrt() * root**3 * g.float() * x.float().relu())
-
-
-@partial(torch.compile, dynamic=False)
-def gradient(dx: torch.Tensor, sums: torch.Tensor, x: torch.Tensor, g: torch.Tensor, root: torch.Tensor) -> None:
-    found = root.sqrt() * root * g.float() - 1.5e-4 * x.float() * window(sums)
-    dx.copy_(torch.where(x > 0, found, 0))
+def gradient(
+    dx: torch.Tensor, x: list[torch.Tensor], g: list[torch.Tensor], root: list[torch.Tensor], mask: torch.Tensor
+) -> None:
+    outer = [a.float() * r**3 for a, r in zip(g, root, strict=True)]
+    total = sum(m * a * r**4 * w.float().relu() for m, a, r, w in zip(mask, outer, root, x, strict=True))
+    dx.copy_(torch.where(x[2] > 0, outer[2] - 1.5e-4 * x[2].float() * total, 0))
 
 
 class LrnLoops(torch.autograd.Function):
-    """Of fewer than 4 images, or of a number that 4 divides."""
-
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        y, root, sums = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), padded(x)
-        for xs, ys, roots in zip(quarters(x), quarters(y), quarters(root), strict=True):
-            squares(sums, xs)
-            normed(ys, roots, sums, xs)
+        y, root, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), inside(x.shape[1])
+        xs, ys, roots = places(x), places(y), places(root)
+        normed(ys[1:-1], roots[1:-1], near(xs[1:-1]), mask)
+        normed(ys[:: len(ys) - 1], roots[:: len(ys) - 1], near(ends(xs)), mask)
         ctx.save_for_backward(x, root)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         x, root = ctx.saved_tensors
-        dx, sums = torch.empty_like(x), padded(x)
-        for xs, gs, roots, dxs in zip(quarters(x), quarters(g), quarters(root), quarters(dx), strict=True):
-            products(sums, xs, gs, roots)
-            gradient(dxs, sums, xs, gs, roots)
+        dx, mask = torch.empty_like(x), inside(x.shape[1])
+        xs, gs, roots, dxs = places(x), places(g), places(root), places(dx)
+        gradient(dxs[1:-1], near(xs[1:-1]), near(gs[1:-1]), near(roots[1:-1]), mask)
+        gradient(dxs[:: len(xs) - 1], near(ends(xs)), near(ends(gs)), near(ends(roots)), mask)
         return dx
 
 
@@ -152,9 +152,18 @@ def update(
 
 
 def blocks(x: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
+    """228 x 228 pixels as 57 x 57 blocks, channels-last."""
     after = 228 - x.shape[3] - before
     x = F.pixel_unshuffle(F.pad(x.to(dtype), (before, after, before, after)), 4)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def words(x: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same for 16 bits, where the four pixels of a block's row move as one integer."""
+    padded = torch.zeros(len(x), 3, 228, 228, dtype=dtype)
+    padded[:, :, before : before + x.shape[2], before : before + x.shape[3]] = x
+    moved = padded.view(torch.int64).unflatten(2, (57, 4)).permute(0, 2, 4, 1, 3).contiguous()
+    return moved.view(dtype).flatten(3).permute(0, 3, 1, 2)
 
 
 class First(nn.Conv2d):
@@ -250,7 +259,8 @@ def open_(asked: Asked) -> Opened:
                 layer = NormLoops()
         elif isinstance(layer, nn.Conv2d) and layer.stride == (4, 4):
             first = First(3, channels, 11, 4, layer.padding)
-            first.blocks = torch.compile(blocks, dynamic=False) if regions else blocks
+            looped = words if dtype == torch.bfloat16 else torch.compile(blocks, dynamic=False)
+            first.blocks = looped if regions else blocks
             first.load_state_dict(layer.state_dict())
             layer = first
         elif isinstance(layer, nn.Dropout):
@@ -261,6 +271,10 @@ def open_(asked: Asked) -> Opened:
     if regions and dtype == torch.bfloat16:
         third = [i for i, layer in enumerate(parts) if isinstance(layer, nn.Conv2d)][2]
         parts[third : third + 6] = [Rows(parts[third : third + 6 : 2])]
+    for i, layer in enumerate(parts[1:] if regions else []):
+        if isinstance(layer, nn.MaxPool2d) and isinstance(parts[i], nn.ReLU):
+            # The maxima, and not the values four times as many, go through the ReLU.
+            parts[i : i + 2] = [layer, nn.ReLU(inplace=True)]
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
     weights = dict(model.named_parameters())
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}

@@ -33,9 +33,12 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """`logits` of evaluation with the initial weights; `steps` runs so many steps and returns when they are done."""
+    """`logits` of evaluation with the initial weights; `steps` runs so many steps and returns when they are done.
 
-    logits: np.ndarray
+    What is no network has no logits.
+    """
+
+    logits: np.ndarray | None
     steps: Callable[[int], None]
 
 
@@ -58,7 +61,8 @@ def serve(open_: Callable[[Asked], Opened]) -> None:
             options=told["options"],
         )
     )
-    np.save(told["logits"], np.asarray(opened.logits, np.float32))
+    if opened.logits is not None:
+        np.save(told["logits"], np.asarray(opened.logits, np.float32))
     print(json.dumps("ready"), file=answers)
     for line in sys.stdin:
         began = perf_counter()
