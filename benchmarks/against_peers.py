@@ -226,11 +226,20 @@ def peers_of(args: argparse.Namespace) -> Iterator[str]:
             print(f"{name}: {missing}", file=sys.stderr)
 
 
+def by_turns(first: list[list[float]], second: list[list[float]]) -> stats.Comparison:
+    """How many times longer the second takes: the median of each round's ratios by turns, and an interval over rounds.
+
+    What takes turns is seconds apart. Medians of either alone could fall on minutes of a different speed.
+    """
+    ratios = [np.median(np.divide(b, a)) for a, b in zip(first, second, strict=True)]
+    return stats.compare([[1.0]] * len(ratios), [[float(ratio)] for ratio in ratios])
+
+
 def beside_product(
     product: list[list[float]], seconds: list[list[float]], flops: float, args: argparse.Namespace
 ) -> str:
     """The rate of the layers' FLOPs as a share of the product's, with a 95% interval over rounds."""
-    found = stats.compare(seconds, product)
+    found = by_turns(seconds, product)
     scale = flops / (2 * product_size(args.device) ** 3)
     between = f" ({found.low * scale:.0%} to {found.high * scale:.0%})" if found.low is not None else ""
     return f"{found.ratio * scale:.0%}{between}"
@@ -276,7 +285,7 @@ def main() -> None:
         precision = PEERS[name].precision if name in PEERS else spec_of(name, args).precision
         seconds = [s[name] for s, _ in rounds]
         shares = [flops / np.median(s[name]) / c[precision] for s, c in rounds if c.get(precision)]
-        found = stats.compare([s[first] for s, _ in rounds], seconds)
+        found = by_turns([s[first] for s, _ in rounds], seconds)
         between = f" ({found.low:.3g} to {found.high:.3g})" if found.low is not None else ""
         share = f"{np.median(shares):.0%}" if shares else ""
         rate = args.batch / np.median(np.concatenate(seconds))
