@@ -31,6 +31,7 @@ from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
 from portnet.onnx_export import lower, one_matmul
 from portnet_backends import timing
+from portnet_backends.onnx_groups import apart
 from portnet_backends.onnx_session import OnnxSession, layer_of
 
 INSTALL = "pip install 'portnet[openvino]'"
@@ -152,6 +153,11 @@ class OpenVinoSession(OnnxSession):
 
     def start(self, model: bytes) -> Any:
         return self.backend.start(model, self.settings)
+
+    def rewritten(self, graph: Graph, weights: Weights) -> tuple[Graph, Weights]:
+        # 0.96 of the time in bfloat16, and in float32 the same.
+        narrow = self.settings.precision in ("bfloat16", "float16")
+        return apart(graph, weights) if narrow and self.backend.kind == "CPU" else (graph, weights)
 
     def outputs(self, started: Any, images: Array) -> list[Array]:
         request = started.create_infer_request()

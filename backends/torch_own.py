@@ -26,8 +26,8 @@ from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unavail
 from portnet.errors import InputError
 from portnet.onnx_export import _LARGEST, BATCH, INPUT, OUTPUT
 from portnet.own_model import Model
-from portnet_backends.torch_modes import choose_kernels, compiled, fp32_precision
-from portnet_backends.torch_session import DTYPES, Captured, TorchSession
+from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_session import Captured, TorchSession
 
 _SAMPLE = 64
 """How many elements of each parameter `latest_weights` shows at most."""
@@ -44,17 +44,9 @@ class OwnSession(TorchSession):
     def __init__(
         self, device_type: str, wait: Callable[[], None], model: Model, weights: Weights, settings: Settings
     ) -> None:
-        from portnet_backends import torch_probe
-
-        self.model, self.settings, self._wait = model, settings, wait
-        self.device = torch.device(device_type)
-        torch_probe.forget_peak(self.device)
-        choose_kernels()
-        self.dtype = DTYPES[settings.precision]
-        self.narrow = self.dtype in (torch.bfloat16, torch.float16)
+        self._begin(device_type, wait, settings)
+        self.model = model
         self.stock = True
-        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self._wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.module = copy.deepcopy(model.module)
         with torch.no_grad():
             for name, value in _state(self.module).items():
@@ -63,10 +55,6 @@ class OwnSession(TorchSession):
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self._casts: dict[str, Tensor] = {}
-        self._cast_from: tuple[int, ...] = ()
-        self._infer: Callable[..., Tensor] = self._inferred
-        self._train: Callable[..., Tensor] = self._trained
         if settings.engine == "compile":
             for name in ("_forward", "_losses", "_update"):
                 setattr(self, name, compiled(getattr(self, name)))

@@ -23,7 +23,8 @@ from portnet.contract import Array, Place, Settings, Trace, Traffic, Weights
 from portnet.errors import InputError, Unavailable, Unsupported
 from portnet.graph import Dropout, Graph
 from portnet_backends import torch_philox
-from portnet_backends.torch_session import TorchSession, layer_module
+from portnet_backends.torch_layers import layer_module
+from portnet_backends.torch_session import TorchSession
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -41,6 +41,7 @@ NEUTRAL = {
 # Files of backends that are nobody's: what every torch device shares.
 LOADED_BY_OPEN = {
     "torch_session",
+    "torch_layers",
     "torch_modes",
     "torch_norms",
     "torch_rows",
@@ -49,7 +50,7 @@ LOADED_BY_OPEN = {
     "torch_probe",
     "torch_own",
 }
-SHARED = {"torch_device", "timing", "onnx_session", *LOADED_BY_OPEN}
+SHARED = {"torch_device", "timing", "onnx_session", "onnx_groups", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.
 VENDOR = {
@@ -58,6 +59,7 @@ VENDOR = {
     "onnxruntime_quantize": {"onnxruntime", "onnx"},
     "openvino_device": {"openvino"},
     "onnx_session": set(),
+    "onnx_groups": set(),
     "cuda_telemetry": {"torch", "pynvml"},
     "rocm_telemetry": {"torch", "amdsmi"},
     "cpu_telemetry": set(),

@@ -21,7 +21,7 @@ from portnet import parity, plugins
 from portnet.contract import Settings, Unsupported
 from portnet.errors import PortNetError
 from portnet.graph import LRN, Conv, Graph
-from portnet_backends import cpu, torch_modes, torch_norms, torch_philox, torch_session
+from portnet_backends import cpu, torch_layers, torch_modes, torch_norms, torch_philox
 from portnet_backends.accelerator import Accelerator
 from portnet_backends.cpu import Cpu
 from portnet_backends.cuda import Cuda
@@ -162,7 +162,7 @@ def test_pooling_in_one_loop_is_torchs(kernel, stride, size, dtype, monkeypatch)
     x = x.contiguous(memory_format=torch.channels_last)
     expected = F.max_pool2d(x, kernel, stride)
     monkeypatch.setattr(F, "max_pool2d", None)
-    y = torch_session.MaxPool2d(kernel, stride)(x)
+    y = torch_layers.MaxPool2d(kernel, stride)(x)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     assert y.stride() == expected.stride()
 
@@ -466,7 +466,7 @@ def test_rungs_are_convolutions():
     x = torch.randn(2, 4, 11, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for formulation in ("unfold", "direct"):
         layer = Conv(name="c", in_channels=4, out_channels=6, kernel=3, stride=2, padding=1, groups=2)
-        rung = torch_session.layer_module(layer, 4, formulation).double()
+        rung = torch_layers.layer_module(layer, 4, formulation).double()
         y, expected = rung(x), F.conv2d(x, rung.weight, rung.bias, 2, 1, 1, 2)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
         wanted = [x, rung.weight, rung.bias]

@@ -3,6 +3,7 @@
 import builtins
 
 import numpy as np
+import onnx
 import pytest
 
 from portnet import alexnet, calibration, conformance, parity, plugins, weights
@@ -168,3 +169,11 @@ def test_without_openvino(monkeypatch):
     with pytest.raises(Unavailable, match="OpenVINO cannot be imported") as caught:
         OpenVino().probe()
     assert caught.value.remedy == "pip install 'portnet[openvino]'"
+
+
+@pytest.mark.skipif("bfloat16" not in CAN, reason="this processor has no bfloat16")
+def test_towers_are_run_as_one_in_16_bits():
+    """What is compiled has no reshaping before LRN; the gate, above, judges its logits."""
+    for precision, reshapes in (("bfloat16", 0), ("float32", 4)):
+        model = onnx.ModelProto.FromString(opened(precision).model())
+        assert sum(node.op_type == "Reshape" for node in model.graph.node) == reshapes

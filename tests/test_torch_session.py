@@ -25,12 +25,13 @@ from portnet.graph import (
     ReLU,
     SpatialLRN,
 )
-from portnet_backends import torch_modes, torch_norms, torch_session
+from portnet_backends import torch_layers, torch_modes, torch_norms, torch_session
 from portnet_backends.cpu import Cpu
 from portnet_backends.reference import Reference
+from portnet_backends.torch_layers import BlockConv, MaskedDropout, UnfoldConv
 from portnet_backends.torch_modes import fp32_precision
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm
-from portnet_backends.torch_session import BlockConv, MaskedDropout, Network, UnfoldConv
+from portnet_backends.torch_session import Network
 
 GRAPH = Graph(
     preset="tiny",
@@ -314,7 +315,7 @@ CASES = [(11, 2, (0, 0)), (11, 0, (3, 2)), (12, 0, (0, 0)), (4, 1, (0, 1))]
 )
 def test_pixels_move_four_at_a_time(dtype, kernel, padding, beyond, monkeypatch):
     if dtype == torch.bfloat16:  # four of float32 are no word
-        monkeypatch.setattr(torch_session, "_compiled_blocks", None)
+        monkeypatch.setattr(torch_layers, "_compiled_blocks", None)
     torch.manual_seed(0)
     layer = BlockConv(3, 4, kernel, 4, padding).to(dtype, memory_format=torch.channels_last)
     layer.beyond = beyond
