@@ -65,7 +65,7 @@ def train(folder: Path, parallel: str) -> None:
     settings = Settings(parallel=parallel)  # type: ignore[arg-type]
     session = plugins.backends()["cpu"].open(graph, weights.initial(graph), settings)
     if parallel:
-        (folder / f"pid{session.place.rank}").write_text(str(os.getpid()))
+        leave(folder / f"pid{session.place.rank}", str(os.getpid()))
     run = trainer.Run(
         recipe=graph.recipe,
         steps=STEPS,
@@ -78,7 +78,12 @@ def train(folder: Path, parallel: str) -> None:
     trainer.train(session, graph, settings, data, run, backend="cpu")
     digest = weights.digest(session.state())
     if session.place.rank == 0:
-        (folder / "digest").write_text(digest)
+        leave(folder / "digest", digest)
+
+
+def leave(path: Path, text: str) -> None:
+    """Leave a file that is there whole or not at all, for SIGKILL may come while it is written too."""
+    files.write_atomically(path, text.encode(), portnet.PortNetError)
 
 
 def start(folder: Path, parallel: str) -> int:
