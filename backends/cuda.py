@@ -16,7 +16,7 @@ class Cuda(TorchBackend):
     vendor: ClassVar[str] = "NVIDIA"
     priority: ClassVar[int] = 60
     note: ClassVar[str] = "not yet verified on hardware"
-    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
+    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph", "compile-graph")
     type: ClassVar[str] = "cuda"
     collectives: ClassVar[str] = "nccl"
 

@@ -16,7 +16,7 @@ class Rocm(TorchBackend):
     vendor: ClassVar[str] = "AMD"
     priority: ClassVar[int] = 50
     note: ClassVar[str] = "not yet verified on hardware"
-    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph")
+    engines: ClassVar[tuple[str, ...]] = ("eager", "compile", "graph", "compile-graph")
     type: ClassVar[str] = "cuda"
     collectives: ClassVar[str] = "nccl"
 

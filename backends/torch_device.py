@@ -146,6 +146,7 @@ class TorchBackend(Backend):
 ENGINES = {
     "compile": "compiled kernels (torch.compile)",
     "graph": "graph capture",
+    "compile-graph": "compiled kernels (torch.compile), captured as one graph",
     "regions": "compiled LRN and update (torch.compile)",
 }
 

@@ -21,7 +21,7 @@ from portnet.graph import (
     ReLU,
     SpatialLRN,
 )
-from portnet_backends.torch_modes import compiled
+from portnet_backends.torch_modes import compiled, compiles
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm
 
 
@@ -204,7 +204,7 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
         case LRN():
             return LocalResponseNorm(layer, channels, stock=formulation == "stock", engine=engine)
         case SpatialLRN():
-            return SpatialResponseNorm(layer, stock=formulation == "stock", traced=engine == "compile")
+            return SpatialResponseNorm(layer, stock=formulation == "stock", traced=compiles(engine))
         case MaxPool():
             looped = engine == "regions" and formulation == "portable"
             return (MaxPool2d if looped else nn.MaxPool2d)(layer.kernel, layer.stride)

@@ -13,6 +13,16 @@ from portnet.contract import Unsupported
 from portnet.errors import PortNetError
 
 
+def compiles(engine: str) -> bool:
+    """Whether an engine's work goes through torch's compiler whole."""
+    return engine in ("compile", "compile-graph")
+
+
+def captures(engine: str) -> bool:
+    """Whether an engine replays a device graph of its work."""
+    return engine in ("graph", "compile-graph")
+
+
 @contextmanager
 def fp32_precision(mode: str) -> Iterator[None]:
     """Float32 products and convolutions computed as ``ieee`` float32 or in ``tf32``, whatever the process's settings.

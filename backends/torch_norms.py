@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from portnet.graph import LRN, SpatialLRN
-from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_modes import compiled, compiles, fp32_precision
 
 CACHED = 2**20
 """Values of LRN that a processor computes in one go: so few that those in between stay in its caches."""
@@ -254,7 +254,7 @@ class LocalResponseNorm(nn.Module):
                 for t in towers
             ]
             return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
-        if self.engine == "compile" or torch.compiler.is_compiling():
+        if compiles(self.engine) or torch.compiler.is_compiling():
             return _sum_across_channels(x, self.layer, self.band.dtype)
         if self.engine == "regions":
             return _Fused.apply(x, self.layer, self.band.dtype, self.rectifies)  # type: ignore[no-any-return, no-untyped-call]

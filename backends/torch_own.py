@@ -26,7 +26,7 @@ from portnet.contract import Array, LayerTime, Session, Settings, Trace, Unavail
 from portnet.errors import InputError
 from portnet.onnx_export import _LARGEST, BATCH, INPUT, OUTPUT
 from portnet.own_model import Model
-from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_modes import captures, compiled, compiles, fp32_precision
 from portnet_backends.torch_session import Captured, TorchSession
 
 _SAMPLE = 64
@@ -55,10 +55,10 @@ class OwnSession(TorchSession):
         self.module.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.velocity = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        if settings.engine == "compile":
+        if compiles(settings.engine):
             for name in ("_forward", "_losses", "_update"):
                 setattr(self, name, compiled(getattr(self, name)))
-        elif settings.engine == "graph":
+        if captures(settings.engine):
             self._infer = Captured(self._inferred, capture=self.capture)
             changed = [*self.parameters.values(), *self.velocity.values(), *self.module.buffers()]
             self._train = Captured(self._trained, changed, capture=self.capture)

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from portnet.contract import Array, Ceilings, LayerTime
 from portnet_backends import timing
-from portnet_backends.torch_modes import compiled, fp32_precision
+from portnet_backends.torch_modes import compiled, compiles, fp32_precision
 from portnet_backends.torch_session import DTYPES
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _layer_time(
                 return layer(*inputs)
             return torch.func.functional_call(layer, session._operands(operands) if training else operands, inputs)
 
-    run = compiled(forward) if session.settings.engine == "compile" else forward
+    run = compiled(forward) if compiles(session.settings.engine) else forward
     wait = session.synchronize
     if not training:
         with torch.inference_mode():

@@ -23,7 +23,7 @@ from portnet.graph import (
 )
 from portnet_backends import torch_philox
 from portnet_backends.torch_layers import BlockConv, MaxPool2d, layer_module
-from portnet_backends.torch_modes import choose_kernels, compiled, fp32_precision, without
+from portnet_backends.torch_modes import captures, choose_kernels, compiled, compiles, fp32_precision, without
 from portnet_backends.torch_norms import LocalResponseNorm, lying_like
 from portnet_backends.torch_rows import Row, rows
 
@@ -162,9 +162,9 @@ class TorchSession(Session):
 
     Weights are kept in float32 (float64 for float64). In bfloat16 and float16 the portable formulation casts them at
     each use; the stock one leaves that to autocast. The work is defined once: forward pass, loss, masks and update
-    are functions of tensors alone, run as they are (``eager``), each through torch's compiler (``compile``), or
-    captured as one device graph for inference and one for a training step (``graph``). In float16 the loss is scaled
-    for the backward pass, and a step whose gradients overflow is left out.
+    are functions of tensors alone, run as they are (``eager``), each through torch's compiler (``compile``), captured
+    as one device graph for inference and one for a training step (``graph``), or both (``compile-graph``). In float16
+    the loss is scaled for the backward pass, and a step whose gradients overflow is left out.
     """
 
     capture = staticmethod(device_capture)
@@ -198,10 +198,10 @@ class TorchSession(Session):
         plainly = settings.engine in ("eager", "regions") and settings.precision in ("float32", "bfloat16")
         self._at_once = self.device.type == "cpu" and plainly
         self._narrow_update = settings.engine == "regions" and self.dtype == torch.bfloat16 and not self.stock
-        whole = ("_forward", "_losses", "_draw", "_update") if settings.engine == "compile" else ()
+        whole = ("_forward", "_losses", "_draw", "_update") if compiles(settings.engine) else ()
         for name in ("_update",) if self._narrow_update else whole:
             setattr(self, name, compiled(getattr(self, name)))
-        if settings.engine == "graph":
+        if captures(settings.engine):
             self._infer = Captured(self._inferred, capture=self.capture)
 
     def _begin(self, device_type: str, wait: Callable[[], None], settings: Settings) -> None:
@@ -358,7 +358,7 @@ class TorchSession(Session):
 
     def _capture_training(self) -> None:
         """Under graph capture, a captured step of its own for each recipe: the coefficients are part of it."""
-        if self.settings.engine == "graph":
+        if captures(self.settings.engine):
             state = [*self.parameters.values(), *self.velocity.values()]
             state += [self.loss_scale] if self.loss_scale is not None else []
             self._train = Captured(self._trained, state, capture=self.capture)

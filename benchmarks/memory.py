@@ -2,6 +2,9 @@
 
     python benchmarks/memory.py paper2012 --batch 128 --precision float32 --steps 200
 
+As in PortNet's own measurements, freed memory stays with the process (`portnet.launch.TUNABLES`); with GLIBC_TUNABLES=
+in the environment glibc does as it does by default.
+
 Prints, layer by layer, the bytes that autograd keeps from the forward pass for the backward one (each storage once,
 with the layer that kept it first; weights and what is made of them apart), then the highest resident memory over all
 steps, and what was resident after the tenth step and after the last. Exit status 1 if that grew by more than 2%.
@@ -9,6 +12,7 @@ On a device with memory of its own the peak is the device's.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -17,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from portnet import plugins, weights, workload
+from portnet import launch, plugins, weights, workload
 from portnet.contract import Settings
 from portnet.record import Spec
 from portnet.watch import peak_memory
@@ -65,19 +69,24 @@ def main() -> None:
     parser.add_argument("preset")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--engine", default="eager")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    if "GLIBC_TUNABLES" not in os.environ:  # glibc reads it when a process begins
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": launch.TUNABLES})
     spec = Spec(backend=args.backend, preset=args.preset, image_size=args.image_size, classes=1000, data="synthetic")
     work = workload.AlexNet(spec)
-    settings = Settings(precision=args.precision, channels_last=args.channels_last)
+    settings = Settings(precision=args.precision, engine=args.engine, channels_last=args.channels_last)
     session = plugins.backends()[args.backend].open(work.graph, weights.initial(work.graph, 0), settings)
     inputs = [session.put(value) for value in next(work.batches(args.batch))]
 
     found = kept(session, inputs)
-    print(f"kept for the backward pass, {args.preset}, {args.precision}, batch {args.batch}:")
+    print(f"GLIBC_TUNABLES: {os.environ['GLIBC_TUNABLES'] or 'none'}")
+    layout = ", channels-last" if args.channels_last else ""
+    print(f"kept for the backward pass, {args.preset}, {args.engine}, {args.precision}{layout}, batch {args.batch}:")
     for name, size in [*found.items(), ("all", sum(found.values()))]:
         print(f"  {name:<12}{size / 1e6:>10.1f} MB")
 

@@ -318,6 +318,7 @@ class Backend(ABC):
     modes: ClassVar[tuple[Mode, ...]] = ("infer",)
     formulations: ClassVar[tuple[str, ...]] = ("portable",)
     engines: ClassVar[tuple[str, ...]] = ("eager",)
+    """Which values of `Settings.engine` it takes, the last being the one expected to be fastest."""
     layouts: ClassVar[tuple[bool, ...]] = (False,)
     """Which values of `Settings.channels_last` it takes."""
     caches: ClassVar[tuple[str, ...]] = ()

@@ -228,7 +228,8 @@ def _stacks(backend: Backend, device: Device) -> Iterator[tuple[int, dict[str, A
     if parity.is_oracle(backend):
         yield 5, {"backend": backend.name, "engine": "eager", "precision": "float64"}
         return
-    ranks = {("eager", "float32"): 0, ("eager", "bfloat16"): 1, ("compile", "bfloat16"): 2, ("graph", "bfloat16"): 2}
+    ranks = {("eager", "float32"): 0, ("eager", "bfloat16"): 1} | {(e, "bfloat16"): 2 for e in backend.engines[1:]}
+    fastest = (backend.engines[-1], "bfloat16")
     for engine in backend.engines:
         for precision in device.precisions:
             if precision == "float64":
@@ -239,5 +240,5 @@ def _stacks(backend: Backend, device: Device) -> Iterator[tuple[int, dict[str, A
                 yield ranks.get((engine, precision), 4), plain
                 if engine == "eager" and "stock" in backend.formulations and precision != "float16":
                     yield 3, {**plain, "formulation": "stock"}
-                if engine == "eager" and True in backend.layouts:
-                    yield 4, {**plain, "channels_last": True}
+                if True in backend.layouts and (engine == "eager" or (engine, precision) == fastest):
+                    yield 4 if engine == "eager" else 1, {**plain, "channels_last": True}

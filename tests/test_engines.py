@@ -315,7 +315,7 @@ def fake_capture(run):
 
 
 class FakeGraphCpu(Cpu):
-    engines = (*Cpu.engines, "graph")
+    engines = (*Cpu.engines, "graph", "compile-graph")
 
 
 @pytest.fixture
@@ -389,6 +389,25 @@ def test_a_capture_in_mid_training_changes_nothing(graphs):
         np.testing.assert_array_equal(*losses)
     np.testing.assert_array_equal(ours.weights()["fc1.weight"], plain.weights()["fc1.weight"])
     assert len(graphs) == 2
+
+
+def fake_capture_of_compiled(run):
+    """A fake whose replay is another run: compiled loops are no operators that `FakeGraph` could record."""
+    for _ in range(3):
+        run()
+    output = run().clone()
+    return lambda: output.copy_(run()), output
+
+
+def test_what_is_compiled_can_be_captured(monkeypatch):
+    """Once for inference and once for a step, of compiled functions; every input is seen through the capture's copy."""
+    captured = []
+    fake = staticmethod(lambda run: captured.append(run) or fake_capture_of_compiled(run))
+    monkeypatch.setattr(TorchSession, "capture", fake)
+    monkeypatch.setattr(torch_norms._AcrossChannels, "apply", None)
+    verdict = judged("float32", backend=FakeGraphCpu(), engine="compile-graph", channels_last=True)
+    assert verdict.passed, verdict
+    assert len(captured) == 2
 
 
 def test_what_is_frozen_shows():
@@ -546,6 +565,7 @@ def test_layers_of_a_processor(flags, precision, amx, avx512, monkeypatch):
 
 
 def test_layers_of_the_others():
+    assert list(layers(Cuda(), engine="compile-graph"))[:2] == ["compile-graph", "tensor-cores"]
     assert list(layers(Cuda(), engine="graph")) == ["graph", "tensor-cores", "cudnn", "unfold", "direct"]
     assert list(layers(Rocm(), engine="compile")) == ["compile", "matrix-cores", "miopen", "unfold", "direct"]
     for backend in (Mps(), Xpu()):

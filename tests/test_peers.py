@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from portnet import philox
+from portnet import philox, plugins, weights, workload
+from portnet.contract import Settings
+from portnet.record import Spec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -73,3 +76,45 @@ def test_the_tuned_scripts_loops_are_its_lrn(monkeypatch):
     found, expected = torch_tuned.LrnLoops.apply(x), torch_tuned.Norm(96)(x.relu())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (found, expected)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile loads torch.jit
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize(
+    ("preset", "precision", "options", "steps"),
+    [("torchvision", "float32", {}, 2), ("paper2012", "bfloat16", {"regions": True}, 1)],
+    ids=["tuned", "regions"],
+)
+def test_the_tuned_scripts_step_is_portnets(preset, precision, options, steps, monkeypatch):
+    """At a rate at which it can be seen; the second step has the velocity of the first."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    import against_peers
+    import torch_tuned
+    from turns import Asked
+
+    rate = 0.01
+    monkeypatch.setattr(torch_tuned, "RATE", rate)
+    work = workload.AlexNet(Spec(backend="cpu", preset=preset, image_size=224, classes=1000, data="synthetic"))
+    images, labels, _ = next(work.batches(2))
+    start = weights.parity(work.graph, 0)
+    asked = Asked(
+        preset=preset, mode="train", precision=precision, weights=against_peers.inverted(work.graph, start),
+        images=images, labels=labels, options={"device": "cpu", **options},
+    )  # fmt: skip
+    peer = torch_tuned.open_(asked)
+    assert peer.weights is not None
+    before = {name: value.copy() for name, value in peer.weights().items()}
+    settings = Settings(precision=precision, engine="regions" if options else "eager", channels_last=True)
+    with closing(plugins.backends()["cpu"].open(work.graph, start, settings)) as session:
+        for step in range(steps):
+            session.train_step(*map(session.put, (images, labels, np.arange(2))), step=step, learning_rate=rate)
+        ours = session.weights()
+    peer.steps(steps)
+    found = peer.weights()
+    for name, was in before.items():
+        # With dropout that scales in training a layer's weights are a part of PortNet's, and move the inverse of it.
+        part = float(np.vdot(was, start[name]) / np.vdot(start[name], start[name])) if start[name].any() else 1.0
+        moved, expected = found[name] - was, (ours[name] - start[name]) / part
+        assert np.linalg.norm(moved - expected) <= 0.01 * np.linalg.norm(expected), name

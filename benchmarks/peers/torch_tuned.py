@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +21,8 @@ from torch_plain import load
 from turns import Asked, Opened, serve
 
 RATE = 1e-12
+DROPOUT = 256
+"""PortNet's Philox stream of the first dropout layer."""
 
 
 @contextmanager
@@ -296,7 +299,7 @@ def open_(asked: Asked) -> Opened:
         model.train()
         for _ in range(count):
             for i, layer in enumerate(dropped):
-                layer.mask = philox(ids, done, i, widths[i])
+                layer.mask = philox(ids, done, DROPOUT + i, widths[i])
             if narrow:
                 leaves = {name: c.requires_grad_() for name, c in narrow.items()}
                 gradients = torch.autograd.grad(F.cross_entropy(forward(leaves), labels), list(leaves.values()))
@@ -329,7 +332,11 @@ def open_(asked: Asked) -> Opened:
     with torch.no_grad():
         narrow = cast() if regions and asked.precision == "bfloat16" else {}
         logits = forward(cast()).numpy()
-    return Opened(logits=logits, steps=train)
+
+    def reached() -> dict[str, np.ndarray]:
+        return {name: w.detach().numpy() for name, w in zip(asked.weights, weights.values(), strict=True)}
+
+    return Opened(logits=logits, steps=train, weights=reached)
 
 
 if __name__ == "__main__":
