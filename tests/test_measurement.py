@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes_measured import FAKES
 
-from portnet import clock, launch, measurement, plugins, record, workload
+from portnet import clock, launch, measurement, plan, plugins, record, workload
 from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.errors import InputError, UnknownName, Unsupported
 from portnet.plugins import Registry
@@ -191,6 +191,17 @@ def test_parsing_stacks():
             parse(wrong)
     with pytest.raises(InputError, match="precision twice"):
         parse("cpu/float32/bfloat16")
+
+
+@pytest.mark.parametrize(("backend", "engine"), [("cuda", "compile-graph"), ("cpu", "regions")])
+def test_the_fastest_stack_comes_before_those_between(backend, engine, monkeypatch):
+    device = Device(name="fake device", precisions=("float32", "bfloat16", "float16"))
+    monkeypatch.setattr(plan, "_probed", lambda chosen: ({backend: device}, []))
+    found = [spec.stack for group in plan.everything([backend], modes=["train"]).groups for spec in group]
+    plain = [f"{backend}/eager/float32", f"{backend}/eager/bfloat16"]
+    assert found[:3] == [*plain, f"{backend}/{engine}/bfloat16/channels-last"]
+    assert len(found) == len(set(found))
+    assert f"{backend}/{engine}/float32/channels-last" not in found
 
 
 class FakeLayered(Backend):
