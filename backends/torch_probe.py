@@ -91,7 +91,8 @@ def layer_times(
     blocks of `seconds`, under the session's precision, formulation, layout and switched-off libraries: with engine
     ``compile`` compiled by itself, with any other eagerly. Casts of its weights count where a step makes them, so in
     training but not in inference. Backward starts from a random gradient and computes what the network needs: of the
-    weights, and of the input behind the first layer that has any. The update is no layer's and not in it.
+    weights, and of the input behind the first layer that has any. The update is no layer's and not in it. A layer that
+    is not run, because the next one does its work too (engine ``regions``), has no times; they are in the next one's.
     """
     masks = {}
     if training:
@@ -102,6 +103,8 @@ def layer_times(
         session.module.train(training)
         inputs = _inputs(session, images, masks if training else None)
         for name, layer in session.module.named_children():
+            if name not in inputs:
+                continue
             x = inputs.pop(name)
             found[name] = _layer_time(
                 session, layer, x, masks.get(name), training, behind_weights, seconds=seconds, repeats=repeats

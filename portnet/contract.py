@@ -300,8 +300,8 @@ class Session(ABC):
     def layer_times(self, images: Array, labels: Array | None = None) -> Mapping[str, LayerTime]:
         """Each layer on its own, on the input that it gets in the network; with `labels` backward too.
 
-        What layers overlap, fuse or keep in caches is lost by that: the sum is no time of the network. Empty where
-        layers cannot be run singly.
+        What layers overlap, fuse or keep in caches is lost by that: the sum is no time of the network. Without those
+        whose work is part of another's; empty where layers cannot be run singly.
         """
         return {}
 

@@ -215,6 +215,15 @@ def test_every_layer_has_its_times(settings):
     assert not any(layer._forward_pre_hooks for layer in s.module.children())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_whose_work_the_next_one_does_has_no_times(training):
+    s = session(precision="bfloat16", engine="regions", channels_last=True)
+    found = torch_probe.layer_times(s, images(), training=training, seconds=1e-3, repeats=1)
+    assert list(found) == [name for name in NAMES if name != "relu1"]
+    assert all(t.forward > 0 for t in found.values())
+    assert [name for name, t in found.items() if t.backward is None] == (["pad"] if training else list(found))
+
+
 def test_the_contracts_call_says_whether_it_trains(monkeypatch):
     s = session()
     calls = []
