@@ -41,6 +41,7 @@ import numpy as np
 
 from portnet import launch, measurement, onnx_export, plugins, stats, weights, workload
 from portnet.contract import Settings
+from portnet.errors import PortNetError
 from portnet.graph import Dropout, Graph, Linear
 from portnet.record import Spec
 
@@ -263,8 +264,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=6)
     args = parser.parse_args()
+    if args.rounds < 1 or args.blocks < 1:
+        parser.error("rounds and blocks must be at least 1")
     names = list(peers_of(args))
+    try:
+        compare(args, names)
+    except PortNetError as error:
+        parser.exit(2, f"{error}\n")
 
+
+def compare(args: argparse.Namespace, names: list[str]) -> None:
     spec = spec_of(args.stacks[0], args)
     work = workload.AlexNet(spec)
     images, labels, _ = next(work.batches(args.batch))

@@ -23,6 +23,7 @@ import torch
 
 from portnet import launch, plugins, weights, workload
 from portnet.contract import Settings
+from portnet.errors import PortNetError
 from portnet.record import Spec
 from portnet.watch import peak_memory
 
@@ -77,6 +78,13 @@ def main() -> None:
     args = parser.parse_args()
     if "GLIBC_TUNABLES" not in os.environ:  # glibc reads it when a process begins
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": launch.TUNABLES})
+    try:
+        measure(args)
+    except PortNetError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def measure(args: argparse.Namespace) -> None:
     spec = Spec(backend=args.backend, preset=args.preset, image_size=args.image_size, classes=1000, data="synthetic")
     work = workload.AlexNet(spec)
     settings = Settings(precision=args.precision, engine=args.engine, channels_last=args.channels_last)

@@ -189,7 +189,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
             console.print(renderable)
         for name, reason in plan.left_out:
             console.print(f"{plain(name)}: left out. {plain(str(reason))}", soft_wrap=True, highlight=False)
-        console.print(f"{len(made)} records: {out}", soft_wrap=True, highlight=False)
+        console.print(f"{len(made)} record{'s' * (len(made) != 1)}: {out}", soft_wrap=True, highlight=False)
     if any(f.outcome not in lockin.COUNTED and f.reason != NO_TIME for f in lockin.figures(made)):
         sys.exit(1)
 
@@ -406,7 +406,7 @@ def infer(
 @main.command()
 @click.argument("path", type=FILE)
 @click.option("--weights", type=FILE, help="Trained weights; the preset's initial ones by default.")
-@click.option("--preset", default="paper2012", show_default=True, help="Without --weights.")
+@click.option("--preset", help="Without --weights, which know theirs; paper2012 by default.")
 @click.option("--backend", default="auto", show_default=True, help="The session that the file is compared with.")
 @click.option("--preprocess", is_flag=True, help="Take uint8 pictures, (batch, S, S, 3), and prepare them in the file.")
 @click.option("--softmax", is_flag=True, help="Give probabilities instead of logits.")
@@ -417,7 +417,7 @@ def infer(
 def export(
     path: Path,
     weights: Path | None,
-    preset: str,
+    preset: str | None,
     backend: str,
     preprocess: bool,
     softmax: bool,
@@ -427,7 +427,9 @@ def export(
     no_verify: bool,
 ) -> None:
     """Write a network to one ONNX file, and check that it computes the same."""
-    net = portnet.AlexNet.load(weights, backend) if weights else portnet.AlexNet(backend, preset)
+    if weights and preset:
+        raise click.UsageError("--weights know their preset; leave --preset out")
+    net = portnet.AlexNet.load(weights, backend) if weights else portnet.AlexNet(backend, preset or "paper2012")
     done = net.export_onnx(
         path, opset=opset, dynamic_batch=not one_image, preprocess=preprocess, softmax=softmax, half=half,
         verify=not no_verify,

@@ -44,7 +44,10 @@ def register(main: click.Group) -> None:
               help="PortNet's own, or PyTorch's operators as people write them.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option(
-    "--engine", default="eager", show_default=True, help="eager, compile, graph or regions, as the backend has them."
+    "--engine",
+    default="eager",
+    show_default=True,
+    help="eager, compile, graph, compile-graph or regions, as the backend has them.",
 )
 @click.option("--channels-last", is_flag=True, help="Activations and filters in NHWC order on the device.")
 @click.option("--preset", help="paper2012, chm145, caffe or torchvision.")

@@ -445,6 +445,8 @@ def test_export(trained, tmp_path):
     assert 0 <= float(error) < 1e-5
     assert re.fullmatch(r"of all layers \w+ differs most, by \S+", out.splitlines()[2])
     assert not err
+    told = portnet_("export", path, "--weights", trained, "--preset", "torchvision", status=2)[1]
+    assert "--weights know their preset" in told
     portnet_("export", path, *TINY, "--softmax", "--one-image", "--opset", 18)
     assert "opset must lie between" in portnet_("export", path, *TINY, "--opset", 3, status=2)[1]
     out, _ = portnet_("export", path, *TINY, "--no-verify")

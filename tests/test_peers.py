@@ -118,3 +118,19 @@ def test_the_tuned_scripts_step_is_portnets(preset, precision, options, steps, m
         part = float(np.vdot(was, start[name]) / np.vdot(start[name], start[name])) if start[name].any() else 1.0
         moved, expected = found[name] - was, (ours[name] - start[name]) / part
         assert np.linalg.norm(moved - expected) <= 0.01 * np.linalg.norm(expected), name
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--rounds", 0], "rounds and blocks must be at least 1"),
+        (["--stacks", "cpu/graph"], "unknown part of the stack cpu/graph"),
+        (["--batch", 0], "batch must be an integer of at least 1"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(asked, told):
+    done = run("infer", "paper2012", "--peers", "torch", *asked)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
