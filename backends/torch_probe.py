@@ -88,8 +88,8 @@ def layer_times(
     """Each layer of the session's module on the very input that it gets in the network; see `Session.layer_times`.
 
     One pass, in training by the masks of step 0 and ids 0, 1, ..., gives the inputs. Each layer is then run alone in
-    blocks of `seconds`, under the session's precision, formulation, layout and switched-off libraries: with engine
-    ``compile`` compiled by itself, with any other eagerly. Casts of its weights count where a step makes them, so in
+    blocks of `seconds`, under the session's precision, formulation, layout and switched-off libraries: compiled by
+    itself where the engine compiles all of it, else eagerly. Casts of its weights count where a step makes them, so in
     training but not in inference. Backward starts from a random gradient and computes what the network needs: of the
     weights, and of the input behind the first layer that has any. The update is no layer's and not in it. A layer that
     is not run, because the next one does its work too (engine ``regions``), has no times; they are in the next one's.
@@ -103,9 +103,9 @@ def layer_times(
         session.module.train(training)
         inputs = _inputs(session, images, masks if training else None)
         for name, layer in session.module.named_children():
-            if name not in inputs:
+            x = inputs.pop(name, None)
+            if x is None:
                 continue
-            x = inputs.pop(name)
             found[name] = _layer_time(
                 session, layer, x, masks.get(name), training, behind_weights, seconds=seconds, repeats=repeats
             )

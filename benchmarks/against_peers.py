@@ -48,7 +48,7 @@ from portnet.record import Spec
 HERE = Path(__file__).parent / "peers"
 ALLOWED = {"float32": 1e-3, "bfloat16": 5e-2}
 SPINNING = 0.2
-"""Seconds before a block where ONNX Runtime is among the peers: its threads spin that much longer than others'."""
+"""Seconds before a block where ONNX Runtime is among the peers, whose threads spin longer than others' do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1 and word != 'series')}"
+
+
 def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> None:
     """Print what was measured, and exit with 1 if something that was asked for has no figure."""
     from portnet import lockin
@@ -189,7 +193,7 @@ def _told(made: "list[Record]", plan: "Plan", out: Path, *, as_json: bool) -> No
             console.print(renderable)
         for name, reason in plan.left_out:
             console.print(f"{plain(name)}: left out. {plain(str(reason))}", soft_wrap=True, highlight=False)
-        console.print(f"{len(made)} record{'s' * (len(made) != 1)}: {out}", soft_wrap=True, highlight=False)
+        console.print(f"{_counted(len(made), 'record')}: {out}", soft_wrap=True, highlight=False)
     if any(f.outcome not in lockin.COUNTED and f.reason != NO_TIME for f in lockin.figures(made)):
         sys.exit(1)
 
@@ -597,14 +601,11 @@ def _print_records(told: dict[str, Any]) -> None:
     if told["records"]:
         console.print(table)
 
-    def counted(count: int, word: str) -> str:
-        return f"{count} {word}{'s' * (count != 1 and word != 'series')}"
-
-    line = counted(len(told["records"]), "record")
+    line = _counted(len(told["records"]), "record")
     if told["series"]:
-        line += f" in {counted(told['series'], 'series')} of {counted(told['rounds'], 'round')}"
+        line += f" in {_counted(told['series'], 'series')} of {_counted(told['rounds'], 'round')}"
         line += f" and {told['rejected']} rejected" if told["rejected"] else ""
-    line += f", {counted(told['duplicates'], 'duplicate')}" if told["duplicates"] else ""
+    line += f", {_counted(told['duplicates'], 'duplicate')}" if told["duplicates"] else ""
     console.print(line, highlight=False)
     for error in told["refused"]:
         why = shown(f"({error['kind']}): {error['message']}", 1000)
