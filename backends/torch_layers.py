@@ -156,6 +156,25 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         return x if x.shape[2:] == (size, size) else super().forward(x)
 
 
+class ThinLinear(nn.Linear):
+    """torch's; without a backward pass to come, on a processor with AVX2 alone, float32 goes to oneDNN.
+
+    PyTorch gives it to oneMKL, which on such a processor of AMD takes up to twice as long where the rows are few.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or not _avx2_with_onednn(x):
+            return super().forward(x)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+def _avx2_with_onednn(x: Tensor) -> bool:
+    mkldnn = torch.backends.mkldnn
+    usable = x.device.type == "cpu" and mkldnn.is_available() and mkldnn.enabled
+    return usable and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 class MaxPool2d(nn.MaxPool2d):
     """torch's, which also notes where each maximum was; without a backward pass to come, one loop over channels.
 
@@ -189,6 +208,7 @@ CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {"unfold": UnfoldConv, "direct": Dire
 
 
 def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "eager") -> nn.Module:
+    own = engine == "regions" and formulation == "portable"
     match layer:
         case Pad():
             return nn.ZeroPad2d((0, layer.right, 0, layer.bottom))
@@ -198,7 +218,7 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
                 layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.padding, groups=layer.groups
             )
         case Linear():
-            return nn.Linear(layer.in_features, layer.out_features)
+            return (ThinLinear if own else nn.Linear)(layer.in_features, layer.out_features)
         case ReLU():
             return nn.ReLU()
         case LRN():
@@ -206,8 +226,7 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
         case SpatialLRN():
             return SpatialResponseNorm(layer, stock=formulation == "stock", traced=compiles(engine))
         case MaxPool():
-            looped = engine == "regions" and formulation == "portable"
-            return (MaxPool2d if looped else nn.MaxPool2d)(layer.kernel, layer.stride)
+            return (MaxPool2d if own else nn.MaxPool2d)(layer.kernel, layer.stride)
         case AdaptiveAvgPool():
             return (nn.AdaptiveAvgPool2d if formulation == "stock" else AdaptiveAvgPool2d)(layer.size)
         case Flatten():

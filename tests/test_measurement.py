@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes_measured import FAKES
 
-from portnet import clock, launch, measurement, plan, plugins, record, workload
+from portnet import clock, launch, measurement, parity, plan, plugins, record, workload
 from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.errors import InputError, UnknownName, Unsupported
 from portnet.plugins import Registry
@@ -150,6 +150,31 @@ def test_a_curve_outside_the_envelope_of_equals_is_wrong():
     assert not seen["passed"]
     assert (seen["step"], seen["runs"]) == (2, 5)
     assert seen["share"] == pytest.approx((2.04 - 1.817) / (17.03 * 0.01204), rel=0.01)
+
+
+@pytest.mark.parametrize(("parts", "passed"), [(5, True), (6, False)])
+def test_a_run_may_part_a_few_steps_before_its_equals(parts, passed):
+    """All of these equals take the same turn at step 1, and other ones from each other `parts` steps later."""
+    equals = [[2.0] * (1 + parts) + [2.0 + 1e-4 * i] * 3 for i in range(8)]
+    held = {"losses": [2.0] + [2.0003] * (3 + parts), "perturbed": equals}
+    assert workload.curve_verdict(held)["passed"] is passed
+
+
+@pytest.mark.parametrize(("precision", "steps"), [("float32", 8), ("bfloat16", 2**15)])
+def test_equals_begin_a_rounding_error_away(precision, steps, monkeypatch, tmp_path):
+    monkeypatch.setenv("PORTNET_CACHE", str(tmp_path))
+    begun = []
+    passed = parity.Verdict(findings=(parity.Finding(what="logits", error=0.0, allowed=1.0),))
+    monkeypatch.setattr(workload, "_gate", lambda *_, **__: passed)
+    monkeypatch.setattr(workload.AlexNet, "_fit", lambda *a: begun.append((a[2].name, a[4])) or [1.0])
+    work = workload.AlexNet(replace(SMALL, mode="train", perturbed=3))
+    work.curve(FAKES["fake-honest"], Settings(precision=precision), lambda _: None)
+    assert [name for name, _ in begun] == ["fake-honest", "cpu", "cpu", "cpu"]
+    start, first, *others = (of["conv1.weight"] for _, of in begun)
+    assert np.array_equal(first, start)
+    for moved in others:
+        assert np.median(np.abs(moved - start) / np.spacing(np.abs(start))) == pytest.approx(steps, rel=0.01)
+    assert not np.array_equal(*others)
 
 
 def test_without_blocks_it_stops_at_the_gates():

@@ -326,6 +326,30 @@ def test_pixels_move_four_at_a_time(dtype, kernel, padding, beyond, monkeypatch)
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "enabled", "training", "by_onednn"),
+    [
+        ("AVX2", torch.float32, True, False, True),
+        ("AVX512", torch.float32, True, False, False),
+        ("AVX2", torch.float64, True, False, False),
+        ("AVX2", torch.float32, False, False, False),
+        ("AVX2", torch.float32, True, True, False),
+    ],
+)
+def test_products_in_inference_go_to_onednn_on_avx2_alone(capability, dtype, enabled, training, by_onednn, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    layer = Network(GRAPH, engine="regions").fc1.to(dtype)
+    x = torch.randn(3, layer.in_features, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    with torch.set_grad_enabled(training), torch.profiler.profile() as seen:
+        y = layer(x)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    assert y.requires_grad == training
+    assert ("mkldnn::_linear_pointwise" in {event.name for event in seen.events()}) == by_onednn
+
+
 # Precision of float32 products.
 
 # torch 2.8 has no such settings; what it has is tested with a fake.
