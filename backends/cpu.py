@@ -58,6 +58,7 @@ class Cpu(TorchBackend):
             precisions=("float64", "float32", "bfloat16", "float16"),
             versions=versions(torch),
             unified=True,
+            emulated=emulated(torch),
         )
 
     def synchronize(self) -> None:
@@ -67,6 +68,13 @@ class Cpu(TorchBackend):
         from portnet_backends import cpu_telemetry
 
         return cpu_telemetry.read()
+
+
+def emulated(torch: "ModuleType") -> tuple[str, ...]:
+    """The precisions that oneDNN has no kernels for on this processor, as far as this torch tells."""
+    names = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    told = {precision: getattr(torch.ops.mkldnn, name, None) for precision, name in names.items()}
+    return tuple(precision for precision, has in told.items() if has and not has())
 
 
 @cache

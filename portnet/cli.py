@@ -81,7 +81,9 @@ def backends(as_json: bool) -> None:
     for e in found:
         if e["available"]:
             device = f"{e['device']['name']} ({e['note']})" if e["note"] else e["device"]["name"]
-            row = (e["name"], e["vendor"], ", ".join(e["modes"]), device, ", ".join(e["device"]["precisions"]))
+            emulated = e["device"]["emulated"]
+            precisions = [p + " (emulated)" * (p in emulated) for p in e["device"]["precisions"]]
+            row = (e["name"], e["vendor"], ", ".join(e["modes"]), device, ", ".join(precisions))
             table.add_row(*map(plain, row))
     console = open_console()
     console.print(table)

@@ -52,7 +52,8 @@ INT8 = "int8"
 class Device:
     """What a probe found. `memory` is in bytes; `versions` names drivers, runtimes and libraries.
 
-    `unified`: host and device share one memory, so that `put` and `get` cross no bus.
+    `unified`: host and device share one memory, so that `put` and `get` cross no bus. `emulated`: those of `precisions`
+    that its libraries have no kernels for; right, but tens to hundreds of times slower, and so measured only by name.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Device:
     memory: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     unified: bool = False
+    emulated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,7 +195,8 @@ def probes(backends: Sequence[Backend], *, timeout: float = PROBING) -> dict[str
             if device is None:
                 found[name] = Unavailable(answer["reason"], answer["remedy"])
             else:
-                found[name] = Device(**{**device, "precisions": tuple(device["precisions"])})
+                lists = {key: tuple(device[key]) for key in ("precisions", "emulated")}
+                found[name] = Device(**{**device, **lists})
         waiting = [name for name in waiting if name not in found]
         if waiting:
             found[waiting.pop(0)] = Unavailable(f"its probe {end}", "see whether its driver and its software work")

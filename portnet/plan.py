@@ -91,6 +91,11 @@ def everything(
         if backend.name in here:
             found = _stacks(backend, here[backend.name])
             ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in found]
+            for precision in here[backend.name].emulated:
+                why = f"{here[backend.name].name} has no kernels for it, and takes tens to hundreds of times as long"
+                left_out.append(
+                    (f"{backend.name}/{precision}", Unavailable(why, "name the stack to measure it anyway"))
+                )
     stacks = [f for _, _, f in sorted(ranked, key=lambda r: r[:2])]
     groups: list[tuple[Spec, ...]] = []
     for batch in batches:
@@ -229,9 +234,10 @@ def _stacks(backend: Backend, device: Device) -> Iterator[tuple[int, dict[str, A
         yield 5, {"backend": backend.name, "engine": "eager", "precision": "float64"}
         return
     ranks = {("eager", "float32"): 0, ("eager", "bfloat16"): 1} | {(e, "bfloat16"): 2 for e in backend.engines[1:]}
-    fastest = (backend.engines[-1], "bfloat16")
+    native = [p for p in device.precisions if p not in device.emulated]
+    fastest = (backend.engines[-1], "bfloat16" if "bfloat16" in native else "float32")
     for engine in backend.engines:
-        for precision in device.precisions:
+        for precision in native:
             if precision == "float64":
                 continue
             plain = {"backend": backend.name, "engine": engine, "precision": precision}

@@ -188,6 +188,7 @@ def test_backends_as_json(three):
             "precisions": ["float32", "tf32"],
             "memory": 2**30,
             "unified": False,
+            "emulated": [],
             "versions": {"driver": "7"},
         },
         "reason": None,

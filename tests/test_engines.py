@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -532,6 +533,22 @@ def layers(backend, **settings):
 
 
 XEON = frozenset(["avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"])
+
+
+@pytest.mark.parametrize(
+    ("told", "emulated"),
+    [
+        ({"_is_mkldnn_bf16_supported": True, "_is_mkldnn_fp16_supported": False}, ("float16",)),
+        ({"_is_mkldnn_bf16_supported": False, "_is_mkldnn_fp16_supported": False}, ("bfloat16", "float16")),
+        ({}, ()),
+    ],
+    ids=["bfloat16", "neither", "a torch that does not tell"],
+)
+def test_what_a_processor_emulates(told, emulated):
+    operators = SimpleNamespace(**{name: lambda has=has: has for name, has in told.items()})
+    fake_torch = SimpleNamespace(ops=SimpleNamespace(mkldnn=operators))
+    assert cpu.emulated(fake_torch) == emulated
+    assert set(Cpu().probe().emulated) <= {"bfloat16", "float16"}
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,18 @@ def test_the_fastest_stack_comes_before_those_between(backend, engine, monkeypat
     assert f"{backend}/{engine}/float32/channels-last" not in found
 
 
+def test_what_a_device_emulates_is_measured_by_name_only(monkeypatch):
+    device = Device(name="fake device", precisions=("float32", "bfloat16", "float16"), emulated=("bfloat16", "float16"))
+    monkeypatch.setattr(plan, "_probed", lambda chosen: ({"cpu": device}, []))
+    made = plan.everything(["cpu"], modes=["train"])
+    found = [spec for group in made.groups for spec in group]
+    assert [spec.stack for spec in found[:2]] == ["cpu/eager/float32", "cpu/regions/float32/channels-last"]
+    assert {spec.precision for spec in found} == {"float32"}
+    assert [name for name, _ in made.left_out] == ["cpu/bfloat16", "cpu/float16"]
+    assert "fake device has no kernels for it" in str(made.left_out[0][1])
+    assert plan.of_stacks(["cpu/eager/bfloat16"]).groups
+
+
 class FakeLayered(Backend):
     """Three kinds of layers, and one that is not there."""
 
