@@ -10,6 +10,8 @@ import argparse
 import sys
 from dataclasses import replace
 
+import numpy as np
+
 from portnet import alexnet, plugins, weights, workload
 from portnet.contract import Settings
 from portnet.graph import Graph
@@ -52,8 +54,9 @@ def main() -> None:
         seen = workload.curve_verdict({"losses": losses, "perturbed": equals})
         print(f"\r{label:<40}{seen['share']:8.2f} at step {seen['step']}{'':40}", flush=True)
 
-    for run in range(1, spec.perturbed):
-        told(f"honest: weights one step away, run {run}", plain, graph, weights.perturbed(start, run))
+    for run in range(spec.perturbed, spec.perturbed + 7):
+        moved = {n: start[n] + (w - start[n]) * np.float32(8) for n, w in weights.perturbed(start, run).items()}
+        told(f"honest: weights eight roundings away, run {run}", plain, graph, moved)
     for label, fields in HONEST.items():
         told(f"honest: {label}", replace(plain, **fields), graph, start)
     for label, changed in OTHER.items():

@@ -53,7 +53,7 @@ class Device:
     """What a probe found. `memory` is in bytes; `versions` names drivers, runtimes and libraries.
 
     `unified`: host and device share one memory, so that `put` and `get` cross no bus. `emulated`: those of `precisions`
-    that its libraries have no kernels for; right, but tens to hundreds of times slower, and so measured only by name.
+    that its libraries have no kernels for, which may take a hundred times as long; `measure --all` leaves them out.
     """
 
     name: str

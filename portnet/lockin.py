@@ -77,7 +77,7 @@ class Row:
 
 
 def drift(records: Sequence[Record]) -> list[float]:
-    """How far equals drift, by step: the largest loss difference of a run from siblings begun a rounding error away.
+    """How far equals drift, by step: the largest loss difference of a run from its siblings begun one rounding away.
 
     From stacks that passed their gates; empty where no perturbed run was made.
     """

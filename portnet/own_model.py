@@ -421,7 +421,7 @@ class OwnModel(Workload):
         return losses
 
     def _equals(self, settings: Settings, say: Say) -> list[list[float]]:
-        """Runs of the processor in that precision, from the same weights and from ones a rounding error away."""
+        """Runs of the processor in that precision, from the same weights and from ones a rounding away."""
         spec, precision = self.spec, settings.precision
 
         def make() -> list[list[float]]:
@@ -443,7 +443,6 @@ class OwnModel(Workload):
         first = self._run(self._reference(), self.batch(2, 0), True)
         key = repr((_digest(first), _digest(self.start), precision, spec.seed, spec.curve_batch, version("torch")))
         key += repr((spec.curve_steps, spec.perturbed, self.model.learning_rate, self.model.momentum, processor()))
-        key += repr(COARSER.get(precision))
         found: list[list[float]] = cache.text("own-equals", key, make)
         return found
 

@@ -92,7 +92,7 @@ def everything(
             found = _stacks(backend, here[backend.name])
             ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in found]
             for precision in here[backend.name].emulated:
-                why = f"{here[backend.name].name} has no kernels for it, and takes tens to hundreds of times as long"
+                why = f"{here[backend.name].name} has no kernels for it, and may take a hundred times as long"
                 left_out.append(
                     (f"{backend.name}/{precision}", Unavailable(why, "name the stack to measure it anyway"))
                 )

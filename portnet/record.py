@@ -115,8 +115,8 @@ class Record:
     - `gates` holds each gate's figures: ``parity`` the relative errors (1e300 for one that is not finite) and what
       was allowed, tensor by tensor; ``curve`` the loss beside the envelope of equals; ``clock`` its times in
       seconds; ``fallbacks`` operations by name; ``trend`` the drift of the blocks.
-    - `training` holds the loss before each step, in nats, and in `perturbed` the losses of equals that began a
-      rounding error away. `weights` is the SHA-256 of the curve's initial weights.
+    - `training` holds the loss before each step, in nats, and in `perturbed` the losses of equals that began one
+      rounding away. `weights` is the SHA-256 of the curve's initial weights.
     - `answers` tells of test pictures, answered with trained weights (`weights`, their SHA-256) at `pixels` a side: of
       `count` how many were `right`, and `right_by_reference`; on how many the highest logit is the float64 reference's
       (`agree`); and the logits' worst relative `error` over classes.

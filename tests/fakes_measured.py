@@ -184,6 +184,11 @@ class FakeProbe(FakeDevice):
         return self.asked()
 
 
+class FakeEmulates(FakeDevice):
+    def probe(self):
+        return replace(super().probe(), emulated=("float32",))
+
+
 def crash():
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -201,6 +206,7 @@ FAKES = {
     "fake-wandering": FakeDevice("fake-wandering", FakeWandering),
     "fake-repeats": FakeDevice("fake-repeats", FakeRepeats),
     "fake-slowing": FakeDevice("fake-slowing", FakeSlowing),
+    "fake-emulates": FakeEmulates("fake-emulates"),
     "fake-crashing": FakeDevice("fake-crashing", FakeCrashing),
     "fake-hanging": FakeDevice("fake-hanging", FakeHanging),
     "fake-killed": FakeDevice("fake-killed", FakeKilled),

@@ -93,7 +93,8 @@ class Present(Backend):
     name, vendor, modes, note = "present", "Someone", ("infer", "train"), "not yet verified"
 
     def probe(self):
-        return Device(name="the device [rev 2]", precisions=("float32", "tf32"), memory=2**30, versions={"driver": "7"})
+        precisions = {"precisions": ("float32", "tf32"), "emulated": ("tf32",)}
+        return Device(name="the device [rev 2]", memory=2**30, versions={"driver": "7"}, **precisions)
 
     def open(self, graph, weights, settings):
         raise NotImplementedError
@@ -165,7 +166,13 @@ def test_backends_as_a_table(three):
     out, err = portnet_("backends")
     table, rest = out.split("Not available:")
     cells = [cell.strip() for cell in re.split("[│┃]", table)]
-    for cell in ("present", "Someone", "infer, train", "the device [rev 2] (not yet verified)", "float32, tf32"):
+    for cell in (
+        "present",
+        "Someone",
+        "infer, train",
+        "the device [rev 2] (not yet verified)",
+        "float32, tf32 (emulated)",
+    ):
         assert cell in cells
     assert "absent" not in table
     assert "  absent, Someone: no [bold] device\n      plug one in\n" in rest
@@ -188,7 +195,7 @@ def test_backends_as_json(three):
             "precisions": ["float32", "tf32"],
             "memory": 2**30,
             "unified": False,
-            "emulated": [],
+            "emulated": ["tf32"],
             "versions": {"driver": "7"},
         },
         "reason": None,

@@ -201,8 +201,10 @@ def test_regions_take_gradients_as_they_come(accumulate):
         np.testing.assert_allclose(*losses, rtol=2**-8)
         for name, wide in ours.parameters.items():
             assert torch.equal(ours._casts[name], wide.detach().to(torch.bfloat16))
+    # PyTorch's own fallback sums the images' gradients in bfloat16.
+    rounding = 2.0 ** (-7 if "bfloat16" in Cpu().probe().emulated else -8)
     for name, value in plain.state().items():
-        np.testing.assert_allclose(ours.state()[name], value, atol=2**-8 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(ours.state()[name], value, atol=rounding * np.abs(value).max(), err_msg=name)
     _, _, gradients = ours._backward(ours.put(images), ours.put(labels), {})
     assert {g.dtype for g in gradients.values()} == {torch.bfloat16 if accumulate == 1 else torch.float32}
     logits = [s.get(s.infer(s.put(images))) for s in (ours, plain)]
@@ -513,7 +515,7 @@ def test_without_onednn_it_is_not_called(precision):
 
         return {name for name in operators(run) if "mkldnn" in name}
 
-    assert seen(session(precision=precision))
+    assert bool(seen(session(precision=precision))) == (precision not in Cpu().probe().emulated)
     assert not seen(session(precision=precision, without=("onednn",)))
     assert torch.backends.mkldnn.enabled
     assert judged(precision, without=("onednn",)).passed
@@ -548,7 +550,6 @@ def test_what_a_processor_emulates(told, emulated):
     operators = SimpleNamespace(**{name: lambda has=has: has for name, has in told.items()})
     fake_torch = SimpleNamespace(ops=SimpleNamespace(mkldnn=operators))
     assert cpu.emulated(fake_torch) == emulated
-    assert set(Cpu().probe().emulated) <= {"bfloat16", "float16"}
 
 
 @pytest.mark.parametrize(

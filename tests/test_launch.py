@@ -39,11 +39,12 @@ def spec(name, **changes):
 
 
 def test_a_probe_that_hangs_or_crashes_takes_nobody_along():
-    names = ["fake-probe-raises", "fake-probe-hangs", "fake-honest", "fake-probe-crashes", "reference"]
+    names = ["fake-probe-raises", "fake-probe-hangs", "fake-honest", "fake-probe-crashes", "fake-emulates", "reference"]
     known = {**FAKES, **plugins.backends()}
     found = launch.probes([known[name] for name in names], timeout=10)
     assert set(found) == set(names)
     assert found["fake-honest"] == plugins.probe(known["fake-honest"])
+    assert found["fake-emulates"].emulated == ("float32",)
     assert found["reference"] == plugins.probe(known["reference"])
     assert {n: found[n].reason for n in names if "probe" in n} == {
         "fake-probe-raises": "the probe of fake-probe-raises raised ZeroDivisionError: division by zero",

@@ -160,8 +160,8 @@ def test_a_run_may_part_a_few_steps_before_its_equals(parts, passed):
     assert workload.curve_verdict(held)["passed"] is passed
 
 
-@pytest.mark.parametrize(("precision", "steps"), [("float32", 8), ("bfloat16", 2**15)])
-def test_equals_begin_a_rounding_error_away(precision, steps, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("precision", "steps"), [("float32", 1), ("bfloat16", 2**15)])
+def test_equals_begin_one_rounding_away(precision, steps, monkeypatch, tmp_path):
     monkeypatch.setenv("PORTNET_CACHE", str(tmp_path))
     begun = []
     passed = parity.Verdict(findings=(parity.Finding(what="logits", error=0.0, allowed=1.0),))
@@ -238,7 +238,6 @@ def test_what_a_device_emulates_is_measured_by_name_only(monkeypatch):
     assert {spec.precision for spec in found} == {"float32"}
     assert [name for name, _ in made.left_out] == ["cpu/bfloat16", "cpu/float16"]
     assert "fake device has no kernels for it" in str(made.left_out[0][1])
-    assert plan.of_stacks(["cpu/eager/bfloat16"]).groups
 
 
 class FakeLayered(Backend):

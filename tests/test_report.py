@@ -291,10 +291,10 @@ def test_the_reference_has_no_distance_from_itself() -> None:
 def test_how_far_equals_drift_is_told() -> None:
     perturbed = replace(CPU, training={**CPU.training, "perturbed": [[2.3, 1.50001, 0.7625]]})
     for told in (page.render([REFERENCE, perturbed]), printed(table.summary(lockin.rows([REFERENCE, perturbed])))):
-        assert "a rounding error apart" in told
+        assert "one rounding apart" in told
         assert "1.2e-02" in told
     for told in (page.render([REFERENCE, CPU]), printed(table.summary(lockin.rows([REFERENCE, CPU])))):
-        assert "a rounding error apart" not in told
+        assert "one rounding apart" not in told
 
 
 def test_names_tell_records_apart() -> None:
@@ -517,7 +517,7 @@ def test_any_curve_can_be_drawn(values: list[list[float]], drift: list[float]) -
     ElementTree.fromstring(plots.losses(curves(*values), name="a"))
     svg = plots.distances(curves(*values), name="a", drift=drift)
     ElementTree.fromstring(svg)
-    assert ("a rounding error apart" in svg) == bool(drift)
+    assert ("one rounding apart" in svg) == bool(drift)
     assert not re.search(r"\bnan\b|\binf\b", " ".join(re.findall(r' d="([^"]*)"', svg)))
 
 

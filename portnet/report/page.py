@@ -125,7 +125,7 @@ def curves(named: Sequence[tuple[str, Row]], n: int) -> list[Plot]:
     ]
     if distances:
         drifted = drift([row.record for _, row in named])
-        ours = [plots.Curve(label="runs a rounding error apart", values=drifted, style=0)] if drifted else []
+        ours = [plots.Curve(label="runs one rounding apart", values=drifted, style=0)] if drifted else []
         made.append(
             Plot(
                 svg=Markup(plots.distances(distances, name=f"distances-{n}", drift=drifted)),

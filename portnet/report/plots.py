@@ -102,7 +102,7 @@ def distances(curves: Sequence[Curve], *, name: str, drift: Sequence[float] = ()
     axes.set_yticks([zero, *decades], ["equal", *(f"10{str(d).translate(SUPERSCRIPT)}" for d in decades)])
     axes.set_ylim(zero - 0.06 * height, top + 0.03 * height)
     _label_steps(axes, curves, "|loss - reference|, nats")
-    put_legend(figure, curves, area="how far runs that begin a rounding error apart drift" if drift else "")
+    put_legend(figure, curves, area="how far runs that begin one rounding apart drift" if drift else "")
     told = "; ".join(f"{c.label}: at most {max(c.values):.1e}" for c in curves if c.values)
     return to_svg(figure, name, "Distance of the loss from the reference's", f"Before each training step. {told}.")
 

@@ -424,7 +424,7 @@ def _notes(rows: Sequence[Row]) -> Text:
     ]
     drifted = spread([row.record for row in rows])
     if drifted is not None:
-        apart = f"Runs that begin a rounding error apart drift by up to {error(drifted)}"
+        apart = f"Runs that begin one rounding apart drift by up to {error(drifted)}"
         notes.append(f"{apart}: a distance like that is no difference.")
     if any(row.spec.quick for row in rows):
         notes.append("quick: fewer samples than a figure to be quoted needs.")
