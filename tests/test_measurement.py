@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,21 @@ def test_a_curve_outside_the_envelope_of_equals_is_wrong():
     assert not seen["passed"]
     assert (seen["step"], seen["runs"]) == (2, 5)
     assert seen["share"] == pytest.approx((2.04 - 1.817) / (17.03 * 0.01204), rel=0.01)
+
+
+def test_what_the_training_gate_lets_through(monkeypatch):
+    """Losses that were seen: paper2012 in float32 on an AMD processor with AVX2."""
+    losses = json.loads((Path(__file__).parent / "training_curves.json").read_text())
+    equals = losses.pop("equals")
+
+    def passing():
+        return [
+            n for n, seen in losses.items() if workload.curve_verdict({"losses": seen, "perturbed": equals})["passed"]
+        ]
+
+    assert passing() == ["channels-last", "regions, channels-last", "PyTorch's operators"]
+    monkeypatch.setattr(workload, "EARLIER", 0)
+    assert passing() == ["PyTorch's operators"]
 
 
 @pytest.mark.parametrize(("parts", "passed"), [(5, True), (6, False)])
