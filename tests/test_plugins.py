@@ -287,25 +287,27 @@ def test_a_required_backend_is_there_or_one_line_says_why(site, capsys):
 LISTING = """
 import time
 start = time.perf_counter()
+import numpy
+loaded = time.perf_counter()
 import portnet
 names = list(portnet.backends())
-seconds = time.perf_counter() - start
 import sys
-print(seconds)
+print((time.perf_counter() - loaded) / (loaded - start))
 print(*names)
 print(*(m for m in sys.modules if m.split(".")[0] in {"torch", "onnx", "onnxruntime", "openvino", "jax", "tensorflow"}))
 """
 
 
 def test_listing_is_quick_and_loads_no_vendor():
+    """By what NumPy's own import takes, some 0.1 s: the machine may be slow."""
     times = []
     for _ in range(3):  # the quickest counts: others may use the machine
         run = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=True)
-        seconds, names, vendors = run.stdout.split("\n")[:3]
-        times.append(float(seconds))
+        multiple, names, vendors = run.stdout.split("\n")[:3]
+        times.append(float(multiple))
         assert not vendors
         assert {"reference", "cpu", "cuda", "rocm", "mps", "xpu", "accelerator"} <= set(names.split())
-    assert min(times) < 0.3
+    assert min(times) < 3
 
 
 def test_our_own_plugins_have_no_problems():

@@ -64,6 +64,7 @@ def fake_torch(
     return SimpleNamespace(
         __version__=version,
         version=SimpleNamespace(cuda=cuda, hip=hip),
+        ops=SimpleNamespace(mkldnn=SimpleNamespace()),
         cuda=SimpleNamespace(
             is_available=lambda: gpu is not None,
             get_device_properties=properties_of(gpu),
