@@ -89,13 +89,11 @@ def everything(
     here, left_out = _probed(chosen)
     for place, backend in enumerate(chosen):
         if backend.name in here:
-            found = _stacks(backend, here[backend.name])
-            ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in found]
-            for precision in here[backend.name].emulated:
-                why = f"{here[backend.name].name} has no kernels for it, and may take a hundred times as long"
-                left_out.append(
-                    (f"{backend.name}/{precision}", Unavailable(why, "name the stack to measure it anyway"))
-                )
+            device = here[backend.name]
+            ranked += [(rank + 10 * (place > 0), place, fields_) for rank, fields_ in _stacks(backend, device)]
+            why = f"{device.name} has no kernels for it, and may take a hundred times as long"
+            slow = Unavailable(why, "name the stack to measure it anyway")
+            left_out += [(f"{backend.name}/{precision}", slow) for precision in device.emulated]
     stacks = [f for _, _, f in sorted(ranked, key=lambda r: r[:2])]
     groups: list[tuple[Spec, ...]] = []
     for batch in batches:

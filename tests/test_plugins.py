@@ -300,14 +300,14 @@ print(*(m for m in sys.modules if m.split(".")[0] in {"torch", "onnx", "onnxrunt
 
 def test_listing_is_quick_and_loads_no_vendor():
     """By what NumPy's own import takes, some 0.1 s: the machine may be slow."""
-    times = []
+    multiples = []
     for _ in range(3):  # the quickest counts: others may use the machine
         run = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=True)
         multiple, names, vendors = run.stdout.split("\n")[:3]
-        times.append(float(multiple))
+        multiples.append(float(multiple))
         assert not vendors
         assert {"reference", "cpu", "cuda", "rocm", "mps", "xpu", "accelerator"} <= set(names.split())
-    assert min(times) < 3
+    assert min(multiples) < 3
 
 
 def test_our_own_plugins_have_no_problems():
