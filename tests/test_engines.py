@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_torch_session import GRAPH, HOLDERS, IDS, LRNS, batch, precisions, random_map, random_weights
+from test_torch_session import GRAPH, HOLDERS, IDS, LRNS, batch, needs_onednn, precisions, random_map, random_weights
 from torch.nn import functional as F
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +35,6 @@ from portnet_backends.xpu import Xpu
 
 CASE = parity.Case(GRAPH)
 CONVOLUTIONS = Graph(preset="tiny", input=GRAPH.input, layers=(GRAPH.layers[1], *GRAPH.layers[4:6]))
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 def session(graph=GRAPH, weights=None, backend=None, **settings):

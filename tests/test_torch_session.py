@@ -33,6 +33,7 @@ from portnet_backends.torch_modes import fp32_precision
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm
 from portnet_backends.torch_session import Network
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 GRAPH = Graph(
     preset="tiny",
     input=(3, 14, 14),
@@ -326,7 +327,7 @@ def test_pixels_move_four_at_a_time(dtype, kernel, padding, beyond, monkeypatch)
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+@needs_onednn
 @pytest.mark.parametrize(
     ("instructions", "dtype", "enabled", "training", "by_onednn"),
     [
