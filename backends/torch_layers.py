@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from functools import cache, reduce
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from portnet.graph import (
@@ -21,7 +23,8 @@ from portnet.graph import (
     ReLU,
     SpatialLRN,
 )
-from portnet_backends.torch_modes import compiled, compiles
+from portnet.host import processor
+from portnet_backends.torch_modes import compiled, compiles, has_onednn, onednn_linear
 from portnet_backends.torch_norms import LocalResponseNorm, SpatialResponseNorm
 
 
@@ -156,24 +159,37 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         return x if x.shape[2:] == (size, size) else super().forward(x)
 
 
-class ThinLinear(nn.Linear):
-    """torch's; without a backward pass to come, on a processor with AVX2 alone, float32 goes to oneDNN.
+class DnnLinear(nn.Linear):
+    """torch's, which float32 goes through by oneDNN where oneMKL, to which PyTorch gives it, is slower.
 
-    PyTorch gives it to oneMKL. On one of AMD's, fc6 so took 13 ms with one row, 81 with 32 and 148 with 128, and 10, 32
-    and 87 by oneDNN.
+    That is on processors with AVX2 alone and on AMD's. fc6 took one of the latter with AVX-512 31 ms by oneMKL and 16
+    by oneDNN with 32 rows, 7 and 3 with one; with 128 rows 65 and 48, the gradient of the input 76 and 50, that of the
+    weight 97 and 98.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or not _avx2_with_onednn(x):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not (_onemkl_is_slower() and has_onednn()):
             return super().forward(x)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return _DnnLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _avx2_with_onednn(x: Tensor) -> bool:
-    mkldnn = torch.backends.mkldnn
-    usable = x.device.type == "cpu" and mkldnn.is_available() and mkldnn.enabled
-    return usable and torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()
+class _DnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return onednn_linear(g, weight.T) if ctx.needs_input_grad[0] else None, g.T @ x, g.sum(0)
+
+
+@cache
+def _onemkl_is_slower() -> bool:
+    known = torch.cpu._is_avx2_supported()
+    return known and (not torch.cpu._is_avx512_supported() or processor().startswith("AMD"))
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -219,7 +235,7 @@ def layer_module(layer: Layer, channels: int, formulation: str, engine: str = "e
                 layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.padding, groups=layer.groups
             )
         case Linear():
-            return (ThinLinear if own else nn.Linear)(layer.in_features, layer.out_features)
+            return (DnnLinear if own else nn.Linear)(layer.in_features, layer.out_features)
         case ReLU():
             return nn.ReLU()
         case LRN():

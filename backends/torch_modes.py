@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from portnet.contract import Unsupported
 from portnet.errors import PortNetError
@@ -63,6 +64,17 @@ def without(names: Collection[str]) -> Iterator[None]:
     finally:
         for holder, was in zip(holders, before, strict=True):
             holder.enabled = was
+
+
+def has_onednn() -> bool:
+    """Whether torch computes by oneDNN on the host now: built in, and not switched off."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` by oneDNN, as torch's compiler has it called; without autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 # torch's functions of one tensor that a processor computes by oneMKL's vector mathematics where it can.

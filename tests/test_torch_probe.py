@@ -5,12 +5,14 @@ import sys
 from ast import literal_eval
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_probes import fake_amd, fake_intel, fake_nvidia, fake_torch
+from test_torch_session import needs_onednn
 
 from portnet.contract import Ceilings, Settings, Unsupported
 from portnet.graph import LRN, Conv, Dropout, Flatten, Graph, Linear, MaxPool, Pad, ReLU
@@ -20,6 +22,7 @@ from portnet_backends.cuda import Cuda
 from portnet_backends.mps import Mps
 from portnet_backends.reference import Reference
 from portnet_backends.rocm import Rocm
+from portnet_backends.torch_modes import without
 from portnet_backends.xpu import Xpu
 
 CPU = torch.device("cpu")
@@ -136,9 +139,20 @@ def test_a_processors_ceilings(backend, monkeypatch):
     found = backend.ceilings("float32")
     assert 1e9 < found.flops < 1e14
     assert 1e8 < found.bandwidth < 2e12
-    rates = [max(rates) for name, rates in found.samples.items() if name.startswith("matmul_")]
+    rates = [max(rates) for name, rates in found.samples.items() if "matmul_" in name]
     assert found.flops == max(rates)
     assert torch.equal(torch.get_rng_state(), before), "a global generator was moved"
+
+
+@needs_onednn
+@pytest.mark.parametrize(("slow", "best"), [("_product", "onednn_matmul_"), ("_onednn_product", "matmul_")])
+def test_the_faster_library_makes_the_ceiling(slow, best, monkeypatch):
+    real = getattr(torch_probe, slow)
+    monkeypatch.setattr(torch_probe, slow, lambda *operands: (sleep(0.2), real(*operands)))
+    found = Cpu().ceilings("float32")
+    assert found.flops == max(max(rates) for name, rates in found.samples.items() if name.startswith(best))
+    with without(["onednn"]):
+        assert not any("onednn" in name for name in Cpu().ceilings("float32").samples)
 
 
 def test_ceilings_are_measured_in_the_asked_precision(monkeypatch):
@@ -147,7 +161,7 @@ def test_ceilings_are_measured_in_the_asked_precision(monkeypatch):
     def spy(product, sizes, copy, wait, *, budget):
         product(1024)()
         mode = torch.backends.mkldnn.matmul.fp32_precision
-        seen.append((torch.mm.dtype, mode, copy[1], budget))
+        seen.append((torch.mm.dtype, mode, copy and copy[1], budget))
         return Ceilings(flops=1.0, bandwidth=1.0)
 
     real = torch.mm
@@ -160,6 +174,7 @@ def test_ceilings_are_measured_in_the_asked_precision(monkeypatch):
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(timing, "ceilings", spy)
     monkeypatch.setattr(torch_probe, "_free_memory", lambda device: 2**27)
+    monkeypatch.setattr(torch_probe, "has_onednn", lambda: False)
     for precision in ("float64", "float32", "bfloat16", "float16"):
         torch_probe.ceilings(CPU, lambda: None, precision)
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -175,7 +190,7 @@ def test_ceilings_spare_memory(monkeypatch):
 
     def spy(product, sizes, copy, wait, *, budget):
         assert product(1024) is None  # three of 4 MiB are more than half of 16 MiB
-        assert copy[1] == 2 * 2**22
+        assert copy is None or copy[1] == 2 * 2**22
         return Ceilings(flops=None, bandwidth=None)
 
     monkeypatch.setattr(timing, "ceilings", spy)

@@ -328,31 +328,42 @@ def test_pixels_move_four_at_a_time(dtype, kernel, padding, beyond, monkeypatch)
 
 
 @needs_onednn
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("instructions", "dtype", "enabled", "training", "by_onednn"),
+    ("maker", "instructions", "dtype", "enabled", "by_onednn"),
     [
-        ("avx2", torch.float32, True, False, True),
-        ("avx2 avx512", torch.float32, True, False, False),
-        ("", torch.float32, True, False, False),
-        ("avx2", torch.float64, True, False, False),
-        ("avx2", torch.float32, False, False, False),
-        ("avx2", torch.float32, True, True, False),
+        ("Intel(R) Xeon(R)", "avx2", torch.float32, True, True),
+        ("Intel(R) Xeon(R)", "avx2 avx512", torch.float32, True, False),
+        ("AMD EPYC", "avx2 avx512", torch.float32, True, True),
+        ("AMD EPYC", "", torch.float32, True, False),
+        ("AMD EPYC", "avx2", torch.float64, True, False),
+        ("AMD EPYC", "avx2", torch.float32, False, False),
     ],
 )
-def test_products_in_inference_go_to_onednn_on_avx2_alone(
-    instructions, dtype, enabled, training, by_onednn, monkeypatch
+def test_products_go_to_onednn_where_onemkl_is_slower(
+    maker, instructions, dtype, enabled, by_onednn, training, monkeypatch
 ):
+    monkeypatch.setattr(torch_layers, "processor", lambda: f"{maker} 1")
+    torch_layers._onemkl_is_slower.cache_clear()
     for name in ("avx2", "avx512"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions.split())
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     layer = Network(GRAPH, engine="regions").fc1.to(dtype)
-    x = torch.randn(3, layer.in_features, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, layer.in_features, dtype=dtype, generator=random, requires_grad=training)
+    g = torch.randn(3, layer.out_features, dtype=dtype, generator=random)
+    operands = (x, layer.weight, layer.bias)
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    expected = F.linear(*wide)
     with torch.set_grad_enabled(training), torch.profiler.profile() as seen:
         y = layer(x)
+        gradients = torch.autograd.grad(y, operands, g) if training else ()
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
-    assert y.requires_grad == training
-    assert ("mkldnn::_linear_pointwise" in {event.name for event in seen.events()}) == by_onednn
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, wide, g.double()), strict=training):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    called = [event.name for event in seen.events()].count("mkldnn::_linear_pointwise")
+    assert called == by_onednn * (1 + training)
+    torch_layers._onemkl_is_slower.cache_clear()
 
 
 # Precision of float32 products.
