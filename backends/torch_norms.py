@@ -111,6 +111,8 @@ def _either_layout(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
 
 
+@cache
+@torch.inference_mode(False)
 def _neighbours(layer: LRN, channels: int, wide: torch.dtype, *, adjoint: bool = False) -> tuple[list[int], Tensor]:
     """How many channels away those of a window are, the middle first, and where they are in the group: 0 or 1.
 

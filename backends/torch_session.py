@@ -25,7 +25,7 @@ from portnet_backends import torch_philox
 from portnet_backends.torch_layers import BlockConv, MaxPool2d, layer_module
 from portnet_backends.torch_modes import captures, choose_kernels, compiled, compiles, fp32_precision, without
 from portnet_backends.torch_norms import LocalResponseNorm, lying_like
-from portnet_backends.torch_rows import Row, rows
+from portnet_backends.torch_rows import Row, has_tiles, rows
 
 DTYPES = {
     "float64": torch.float64,
@@ -52,7 +52,7 @@ class Network(nn.Module):
         self._left_to_the_next = set()
         self._rows: dict[str, Row] = {}
         if engine == "regions" and formulation == "portable":
-            self._rows = dict(rows(graph)) if narrow else {}
+            self._rows = dict(rows(graph)) if narrow and has_tiles() else {}
             self._join()
 
     def _join(self) -> None:
@@ -86,7 +86,7 @@ class Network(nn.Module):
             left = name in self._left_to_the_next
             if left and record is None:
                 continue
-            if name in self._rows and len(x) % 2 == 0:
+            if self.training and name in self._rows and len(x) % 2 == 0:
                 row = self._rows[name]
                 x = row.join(x)
             y = layer(x, masks[name]) if masks is not None and name in masks else layer(x)

@@ -26,6 +26,11 @@ GRAPH = Graph(
 )
 
 
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
 def test_which_convolutions_share_rows():
     assert dict(rows(GRAPH)) == {"conv1": Row(last="relu2", width=13, gap=2)}
     for preset in ("paper2012", "caffe", "torchvision"):
@@ -72,10 +77,12 @@ def test_rows_end_before_a_relu_that_is_left_to_the_next_layer():
     assert shapes == [(6, 8, 13, 13)]
 
 
-def test_two_images_lie_in_a_row_where_it_is_used():
+@pytest.mark.parametrize(("training", "tiles", "expected"), [(True, True, 28), (False, True, 13), (True, False, 13)])
+def test_two_images_lie_in_a_row_where_it_is_used(training, tiles, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     widths = []
-    network = Network(GRAPH, engine="regions", narrow=True).double()
+    network = Network(GRAPH, engine="regions", narrow=True).double().train(training)
     network.conv2.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[3]))
     for batch in (6, 3):
         network(torch.zeros(batch, *GRAPH.input, dtype=torch.float64))
-    assert widths == [28, 13]
+    assert widths == [expected, 13]

@@ -271,7 +271,7 @@ def open_(asked: Asked) -> Opened:
         elif isinstance(layer, nn.AdaptiveAvgPool2d) or (regions and isinstance(layer, nn.ZeroPad2d)):
             continue  # of 6x6 to 6x6; the zeros are blocks' already
         parts.append(layer)
-    if regions and dtype == torch.bfloat16:
+    if regions and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         third = [i for i, layer in enumerate(parts) if isinstance(layer, nn.Conv2d)][2]
         parts[third : third + 6] = [Rows(parts[third : third + 6 : 2])]
     for i, layer in enumerate(parts[1:] if regions else []):
