@@ -1,13 +1,11 @@
 """The host's processor, through PyTorch."""
 
 from collections.abc import Iterable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.hookspecs import hookimpl
-from portnet.host import processor
+from portnet.host import instruction_sets, processor
 from portnet_backends.torch_device import TorchBackend, versions
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ class Cpu(TorchBackend):
     one_device: ClassVar[bool] = True
 
     def libraries(self, settings: Settings) -> tuple[LibraryLayer, ...]:
-        flags, precision = features(), settings.precision
+        flags, precision = instruction_sets(), settings.precision
         without_amx = "AVX512_CORE_FP16" if "avx512_fp16" in flags else "AVX512_CORE_BF16"
         # PyTorch's oneDNN has no path for these precisions on a processor with AVX2 alone.
         below = f"below AVX-512 oneDNN takes no {precision}, and PyTorch's own fallback computes it"
@@ -75,16 +73,6 @@ def emulated(torch: "ModuleType") -> tuple[str, ...]:
     names = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
     told = {precision: getattr(torch.ops.mkldnn, name, None) for precision, name in names.items()}
     return tuple(precision for precision, has in told.items() if has and not has())
-
-
-@cache
-def features() -> frozenset[str]:
-    """The processor's instruction sets by Linux's names; empty where Linux does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((v.split() for k, _, v in (x.partition(":") for x in lines) if k.strip() == "flags"), ()))
 
 
 def no_amx(flags: frozenset[str], precision: str) -> str:

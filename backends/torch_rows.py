@@ -14,12 +14,6 @@ TILE = 32
 """Products of bfloat16 that AMX sums at once (Intel 64 and IA-32 manual, TDPBF16PS: 16 pairs a row)."""
 
 
-def has_tiles() -> bool:
-    """Whether the processor has AMX, as far as this torch tells. Without it rows of two make a step 1 to 2% longer."""
-    told = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return told is not None and told()
-
-
 @dataclass(frozen=True)
 class Row:
     """Some convolutions and the ReLUs behind them, to `last`, on images of `width` with `gap` zeros between two.

@@ -25,6 +25,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def instruction_sets() -> frozenset[str]:
+    """The processor's instruction sets by Linux's names; empty where Linux does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((v.split() for k, _, v in (x.partition(":") for x in lines) if k.strip() == "flags"), ()))
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep large arrays' memory for the next ones, for the rest of this process.
 

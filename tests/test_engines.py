@@ -564,7 +564,7 @@ def test_what_a_processor_emulates(told, emulated):
     ],
 )
 def test_layers_of_a_processor(flags, precision, amx, avx512, monkeypatch):
-    monkeypatch.setattr(cpu, "features", lambda: flags)
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: flags)
     found = layers(Cpu(), precision=precision)
     assert list(found) == ["amx", "avx512", "onednn", "unfold", "direct"]
     for name, missing in (("amx", amx), ("avx512", avx512)):

@@ -9,7 +9,9 @@ import pytest
 from portnet import alexnet, calibration, conformance, parity, plugins, weights
 from portnet.contract import Settings
 from portnet.errors import Unavailable, Unsupported
+from portnet_backends import openvino_device
 from portnet_backends.openvino_device import OpenVino, OpenVinoGpu, by_layer, other_precision
+from portnet_backends.reference import Reference
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'portnet[openvino]'")
 
@@ -172,8 +174,17 @@ def test_without_openvino(monkeypatch):
 
 
 @pytest.mark.skipif("bfloat16" not in CAN, reason="this processor has no bfloat16")
-def test_towers_are_run_as_one_in_16_bits():
-    """What is compiled has no reshaping before LRN; the gate, above, judges its logits."""
-    for precision, reshapes in (("bfloat16", 0), ("float32", 4)):
-        model = onnx.ModelProto.FromString(opened(precision).model())
-        assert sum(node.op_type == "Reshape" for node in model.graph.node) == reshapes
+@pytest.mark.parametrize(
+    ("precision", "sets", "reshapes"),
+    [("bfloat16", {"amx_tile"}, 0), ("bfloat16", {"avx512_bf16"}, 4), ("float32", {"amx_tile"}, 4)],
+)
+def test_towers_are_run_as_one_in_16_bits_by_amx(precision, sets, reshapes, monkeypatch):
+    """What is compiled then has no reshaping before LRN, and gives the same."""
+    monkeypatch.setattr(openvino_device, "instruction_sets", lambda: sets)
+    session = opened(precision)
+    model = onnx.ModelProto.FromString(session.model())
+    assert sum(node.op_type == "Reshape" for node in model.graph.node) == reshapes
+    case = parity.Case(GRAPH)
+    expected = parity.expect(case, Reference(), precision, train=False)
+    session = OpenVino().open(case.gated, case.weights, session.settings)
+    assert parity.judge(expected, session, train=False).passed

@@ -8,6 +8,7 @@ from torch import nn
 
 from portnet import alexnet
 from portnet.graph import LRN, Conv, Flatten, Graph, Linear, MaxPool, ReLU
+from portnet_backends import torch_session
 from portnet_backends.torch_rows import Row, rows
 from portnet_backends.torch_session import Network
 
@@ -28,7 +29,7 @@ GRAPH = Graph(
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch_session, "instruction_sets", lambda: {"amx_tile"})
 
 
 def test_which_convolutions_share_rows():
@@ -79,7 +80,7 @@ def test_rows_end_before_a_relu_that_is_left_to_the_next_layer():
 
 @pytest.mark.parametrize(("training", "tiles", "expected"), [(True, True, 28), (False, True, 13), (True, False, 13)])
 def test_two_images_lie_in_a_row_where_it_is_used(training, tiles, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch_session, "instruction_sets", lambda: {"amx_tile"} if tiles else {})
     widths = []
     network = Network(GRAPH, engine="regions", narrow=True).double().train(training)
     network.conv2.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[3]))
