@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.hookspecs import hookimpl
-from portnet.host import instruction_sets, processor
+from portnet.host import instruction_sets, no_amx, processor
 from portnet_backends.torch_device import TorchBackend, versions
 
 if TYPE_CHECKING:
@@ -73,16 +73,6 @@ def emulated(torch: "ModuleType") -> tuple[str, ...]:
     names = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
     told = {precision: getattr(torch.ops.mkldnn, name, None) for precision, name in names.items()}
     return tuple(precision for precision, has in told.items() if has and not has())
-
-
-def no_amx(flags: frozenset[str], precision: str) -> str:
-    """Why nothing is computed on AMX, or nothing. oneDNN uses it for float32 only where TF32 or bfloat16 is allowed."""
-    if "amx_tile" not in flags:
-        return "the processor has no AMX, or does not say"
-    needed = {"bfloat16": "amx_bf16", "float16": "amx_fp16"}.get(precision)
-    if needed is None:
-        return f"{precision} is not computed on AMX"
-    return "" if needed in flags else f"the processor's AMX has no {precision}"
 
 
 @hookimpl

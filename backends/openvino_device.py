@@ -29,7 +29,7 @@ from portnet.contract import (
 from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
-from portnet.host import instruction_sets
+from portnet.host import instruction_sets, no_amx
 from portnet.onnx_export import lower, one_matmul
 from portnet_backends import timing
 from portnet_backends.onnx_groups import apart
@@ -156,10 +156,9 @@ class OpenVinoSession(OnnxSession):
         return self.backend.start(model, self.settings)
 
     def rewritten(self, graph: Graph, weights: Weights) -> tuple[Graph, Weights]:
-        # With AMX 0.96 of the time; without, up to 1.05, and in float32 the same.
-        narrow = self.settings.precision in ("bfloat16", "float16")
-        tiles = self.backend.kind == "CPU" and "amx_tile" in instruction_sets()
-        return apart(graph, weights) if narrow and tiles else (graph, weights)
+        # On AMX 0.96 of the time, elsewhere up to 1.04.
+        tiles = self.backend.kind == "CPU" and not no_amx(instruction_sets(), self.settings.precision)
+        return apart(graph, weights) if tiles else (graph, weights)
 
     def outputs(self, started: Any, images: Array) -> list[Array]:
         request = started.create_infer_request()

@@ -28,7 +28,7 @@ def ceilings(device: torch.device, wait: Callable[[], None], precision: str) -> 
     Takes 3 to 4 s on a processor and about 1 s elsewhere. Products are of dense random matrices in the dtype that a
     session of that precision computes in, float16 ones summed in float32; at most half of the free memory is used.
     A processor's product in float32 is the better of PyTorch's own, by oneMKL, and oneDNN's, which computes its
-    convolutions: on processors of AMD's oneMKL's is a quarter slower, and honest networks ran above it.
+    convolutions: on processors of AMD's oneMKL's is slower by a fifth, and honest networks ran above it.
     """
     host, dtype, free = device.type == "cpu", DTYPES[precision], _free_memory(device)
     # Bytes. Larger than any cache: the largest known are 256 MiB on a GPU, and shared by all cores on a processor.
@@ -54,7 +54,7 @@ def ceilings(device: torch.device, wait: Callable[[], None], precision: str) -> 
     with torch.inference_mode(), fp32_precision("tf32" if precision == "tf32" else "ieee"), _wide_sums():
         found = timing.ceilings(product, sizes, copy, wait, budget=2.5 if host else 1.0)
         if host and dtype == torch.float32 and has_onednn():
-            other = timing.ceilings(lambda n: product(n, _onednn_product), (1024, 2048), None, wait, budget=1.0)
+            other = timing.ceilings(lambda n: product(n, _onednn_product), sizes, None, wait, budget=1.0)
             samples = {f"onednn_{name}": rates for name, rates in other.samples.items()}
             best = max((c.flops for c in (found, other) if c.flops), default=None)
             found = replace(found, flops=best, samples={**found.samples, **samples})

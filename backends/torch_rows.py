@@ -18,9 +18,9 @@ TILE = 32
 class Row:
     """Some convolutions and the ReLUs behind them, to `last`, on images of `width` with `gap` zeros between two.
 
-    For training: oneDNN sums a filter's gradient over a row of outputs at a time. AlexNet's have 13, which fill less
-    than half of a tile, and two of them with the zero between, 27, take no longer. What a convolution leaves in the gap
-    is cleared; a ReLU then keeps its gradient at zero.
+    oneDNN sums a filter's gradient over a row of outputs at a time. AlexNet's have 13, which fill less than half of a
+    tile, and two of them with the zero between, 27, take no longer. What a convolution leaves in the gap is cleared; a
+    ReLU then keeps its gradient at zero.
     """
 
     last: str

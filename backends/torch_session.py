@@ -21,7 +21,7 @@ from portnet.graph import (
     Graph,
     Recipe,
 )
-from portnet.host import instruction_sets
+from portnet.host import instruction_sets, no_amx
 from portnet_backends import torch_philox
 from portnet_backends.torch_layers import BlockConv, MaxPool2d, layer_module
 from portnet_backends.torch_modes import captures, choose_kernels, compiled, compiles, fp32_precision, without
@@ -40,12 +40,12 @@ DTYPES = {
 class Network(nn.Module):
     """The graph's chain as an ``nn.Module`` whose parameters have the graph's names; takes and gives NCHW tensors.
 
-    `formulation` and `engine` are the backend's; see `LocalResponseNorm` and `Row` for what follows from the engine and
-    from `narrow` values, of 16 bits.
+    `formulation` and `engine` are the backend's; see `LocalResponseNorm` and, for `in_rows`, `Row` for what engine
+    ``regions`` makes of it.
     """
 
     def __init__(
-        self, graph: Graph, formulation: str = "portable", engine: str = "eager", *, narrow: bool = False
+        self, graph: Graph, formulation: str = "portable", engine: str = "eager", *, in_rows: bool = False
     ) -> None:
         super().__init__()
         for step in graph.steps:
@@ -53,8 +53,7 @@ class Network(nn.Module):
         self._left_to_the_next = set()
         self._rows: dict[str, Row] = {}
         if engine == "regions" and formulation == "portable":
-            # Without AMX they make a step 1 to 2% longer.
-            self._rows = dict(rows(graph)) if narrow and "amx_tile" in instruction_sets() else {}
+            self._rows = dict(rows(graph)) if in_rows else {}
             self._join()
 
     def _join(self) -> None:
@@ -88,7 +87,7 @@ class Network(nn.Module):
             left = name in self._left_to_the_next
             if left and record is None:
                 continue
-            if self.training and name in self._rows and len(x) % 2 == 0:
+            if name in self._rows and len(x) % 2 == 0:
                 row = self._rows[name]
                 x = row.join(x)
             y = layer(x, masks[name]) if masks is not None and name in masks else layer(x)
@@ -225,7 +224,9 @@ class TorchSession(Session):
     # What a session that shares the network with others does in its own way; see `torch_parallel`.
 
     def _network(self) -> nn.Module:
-        return Network(self.graph, self.settings.formulation, self.settings.engine, narrow=self.narrow)
+        # Without AMX two images in a row make a step 1 to 2% longer.
+        in_rows = not no_amx(instruction_sets(), self.settings.precision)
+        return Network(self.graph, self.settings.formulation, self.settings.engine, in_rows=in_rows)
 
     def _owned(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
         """Of the whole network's arrays, by parameter, those that this process holds."""

@@ -21,6 +21,9 @@ CASE = parity.Case(GRAPH, batch=4)
 CAN = OpenVino().probe().precisions
 
 
+XEON = {"amx_tile", "amx_bf16"}
+
+
 def opened(precision="float32", **settings):
     return OpenVino().open(GRAPH, WEIGHTS, Settings(precision=precision, **settings))
 
@@ -176,7 +179,7 @@ def test_without_openvino(monkeypatch):
 @pytest.mark.skipif("bfloat16" not in CAN, reason="this processor has no bfloat16")
 @pytest.mark.parametrize(
     ("precision", "sets", "reshapes"),
-    [("bfloat16", {"amx_tile"}, 0), ("bfloat16", {"avx512_bf16"}, 4), ("float32", {"amx_tile"}, 4)],
+    [("bfloat16", XEON, 0), ("bfloat16", {"avx512_bf16"}, 4), ("float32", XEON, 4)],
 )
 def test_towers_are_run_as_one_in_16_bits_by_amx(precision, sets, reshapes, monkeypatch):
     """What is compiled then has no reshaping before LRN, and gives the same."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from portnet import alexnet
+from portnet import alexnet, weights
+from portnet.contract import Settings
 from portnet.graph import LRN, Conv, Flatten, Graph, Linear, MaxPool, ReLU
 from portnet_backends import torch_session
+from portnet_backends.cpu import Cpu
 from portnet_backends.torch_rows import Row, rows
 from portnet_backends.torch_session import Network
 
@@ -27,11 +29,6 @@ GRAPH = Graph(
 )
 
 
-@pytest.fixture(autouse=True)
-def tiles(monkeypatch):
-    monkeypatch.setattr(torch_session, "instruction_sets", lambda: {"amx_tile"})
-
-
 def test_which_convolutions_share_rows():
     assert dict(rows(GRAPH)) == {"conv1": Row(last="relu2", width=13, gap=2)}
     for preset in ("paper2012", "caffe", "torchvision"):
@@ -40,9 +37,9 @@ def test_which_convolutions_share_rows():
     assert not dict(rows(alexnet.graph("torchvision", image_size=448)))
 
 
-def results(*, narrow, batch, layout=torch.contiguous_format, engine="regions"):
+def results(*, in_rows, batch, layout=torch.contiguous_format, engine="regions"):
     torch.manual_seed(0)
-    network = Network(GRAPH, engine=engine, narrow=narrow).double().to(memory_format=layout)
+    network = Network(GRAPH, engine=engine, in_rows=in_rows).double().to(memory_format=layout)
     x = torch.randn(batch, *GRAPH.input, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     record = {}
     y = network(x)
@@ -55,7 +52,7 @@ def results(*, narrow, batch, layout=torch.contiguous_format, engine="regions"):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("batch", [6, 3])
 def test_rows_of_two_are_the_same_convolutions(batch, layout):
-    shared, alone = (results(narrow=narrow, batch=batch, layout=layout) for narrow in (True, False))
+    shared, alone = (results(in_rows=in_rows, batch=batch, layout=layout) for in_rows in (True, False))
     assert shared.keys() == alone.keys()
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
@@ -63,14 +60,14 @@ def test_rows_of_two_are_the_same_convolutions(batch, layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_relu_behind_the_maxima_is_the_same(layout):
-    behind, before = (results(narrow=False, batch=3, layout=layout, engine=e) for e in ("regions", "eager"))
+    behind, before = (results(in_rows=False, batch=3, layout=layout, engine=e) for e in ("regions", "eager"))
     for name, value in before.items():
         torch.testing.assert_close(behind[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_rows_end_before_a_relu_that_is_left_to_the_next_layer():
     layers = [*GRAPH.layers[:4], LRN(name="norm", alpha=1e-4, k=2.0), *GRAPH.layers[4:]]
-    network = Network(replace(GRAPH, layers=tuple(layers)), engine="regions", narrow=True).double()
+    network = Network(replace(GRAPH, layers=tuple(layers)), engine="regions", in_rows=True).double()
     network.norm = nn.Identity()
     shapes = []
     network.norm.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
@@ -78,12 +75,25 @@ def test_rows_end_before_a_relu_that_is_left_to_the_next_layer():
     assert shapes == [(6, 8, 13, 13)]
 
 
-@pytest.mark.parametrize(("training", "tiles", "expected"), [(True, True, 28), (False, True, 13), (True, False, 13)])
-def test_two_images_lie_in_a_row_where_it_is_used(training, tiles, expected, monkeypatch):
-    monkeypatch.setattr(torch_session, "instruction_sets", lambda: {"amx_tile"} if tiles else {})
+def test_two_images_lie_in_a_row_where_it_is_used():
     widths = []
-    network = Network(GRAPH, engine="regions", narrow=True).double().train(training)
+    network = Network(GRAPH, engine="regions", in_rows=True).double()
     network.conv2.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[3]))
     for batch in (6, 3):
         network(torch.zeros(batch, *GRAPH.input, dtype=torch.float64))
-    assert widths == [expected, 13]
+    assert widths == [28, 13]
+
+
+@pytest.mark.parametrize(
+    ("precision", "sets", "in_rows"),
+    [
+        ("bfloat16", {"amx_tile", "amx_bf16"}, True),
+        ("bfloat16", {"avx512_bf16"}, False),
+        ("float16", {"amx_tile", "amx_bf16"}, False),
+        ("float32", {"amx_tile", "amx_bf16"}, False),
+    ],
+)
+def test_rows_are_for_tiles(precision, sets, in_rows, monkeypatch):
+    monkeypatch.setattr(torch_session, "instruction_sets", lambda: sets)
+    session = Cpu().open(GRAPH, weights.initial(GRAPH), Settings(precision=precision, engine="regions"))
+    assert bool(session.module._rows) == in_rows
