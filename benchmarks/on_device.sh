@@ -7,7 +7,8 @@
 # matters most comes first: the conformance suite on small networks, then every stack of the backend, the most telling
 # first, as much as fits, then what its libraries are worth. A step that fails or runs out of time is named in the table
 # at the end, and the next one runs. OUT_DIR gets log.txt, records.tar.gz and summary.txt. Exit status: 0 if every step
-# passed, otherwise 1; 2 for a wrong call.
+# passed, otherwise 1; 2 for a wrong call. PORTNET_OPTIONS are more options for the measurements: with "--image-size 67"
+# a small machine without an accelerator can try it all.
 set -uo pipefail
 
 if [ $# -ne 2 ]; then
@@ -27,6 +28,7 @@ cd "$work/records" || exit 2 # away from the checkout, so that the installation 
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 portnet=(python3 -m portnet.cli)
 ablated=bfloat16
+read -ra options <<<"${PORTNET_OPTIONS:-}"
 failed=0
 : >"$out/summary.txt"
 : >"$out/log.txt"
@@ -67,9 +69,9 @@ step backends 60 "${portnet[@]}" backends
 step check 150 "${portnet[@]}" check "$backend" --image-size 67
 # A budget ends between two rounds; the steps' own limits are for what hangs.
 step measure 220 "${portnet[@]}" measure --all --backends "$backend" --batch 128 --batch 1024 --quick --rounds 3 \
-  --budget 190s --timeout 100 --out measured
+  --budget 190s --timeout 100 --out measured ${options[@]+"${options[@]}"}
 step ablate 110 "${portnet[@]}" ablate "$backend/$ablated" --mode train --batch 128 --quick --rounds 2 \
-  --budget 90s --timeout 60 --out ablated
+  --budget 90s --timeout 60 --out ablated ${options[@]+"${options[@]}"}
 
 # One file of them all: what fetches results from such a machine may take only a few.
 tar -czf "$out/records.tar.gz" -C "$work/records" .
