@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from portnet.contract import Backend, Device, LibraryLayer, Settings
 from portnet.hookspecs import hookimpl
-from portnet.host import instruction_sets, no_amx, processor
+from portnet.host import instruction_sets, processor
+from portnet_backends.amx import no_amx
 from portnet_backends.torch_device import TorchBackend, versions
 
 if TYPE_CHECKING:

@@ -29,9 +29,10 @@ from portnet.contract import (
 from portnet.errors import out_of_memory
 from portnet.graph import Conv, Graph
 from portnet.hookspecs import hookimpl
-from portnet.host import instruction_sets, no_amx
+from portnet.host import instruction_sets
 from portnet.onnx_export import lower, one_matmul
 from portnet_backends import timing
+from portnet_backends.amx import no_amx
 from portnet_backends.onnx_groups import apart
 from portnet_backends.onnx_session import OnnxSession, layer_of
 

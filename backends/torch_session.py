@@ -21,8 +21,9 @@ from portnet.graph import (
     Graph,
     Recipe,
 )
-from portnet.host import instruction_sets, no_amx
+from portnet.host import instruction_sets
 from portnet_backends import torch_philox
+from portnet_backends.amx import no_amx
 from portnet_backends.torch_layers import BlockConv, MaxPool2d, layer_module
 from portnet_backends.torch_modes import captures, choose_kernels, compiled, compiles, fp32_precision, without
 from portnet_backends.torch_norms import LocalResponseNorm, lying_like

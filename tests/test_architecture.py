@@ -50,7 +50,7 @@ LOADED_BY_OPEN = {
     "torch_probe",
     "torch_own",
 }
-SHARED = {"torch_device", "timing", "onnx_session", "onnx_groups", *LOADED_BY_OPEN}
+SHARED = {"torch_device", "timing", "amx", "onnx_session", "onnx_groups", *LOADED_BY_OPEN}
 
 # What each vendor's file may import besides numpy; all other files of backends, torch.
 VENDOR = {
@@ -59,6 +59,7 @@ VENDOR = {
     "onnxruntime_quantize": {"onnxruntime", "onnx"},
     "openvino_device": {"openvino"},
     "onnx_session": set(),
+    "amx": set(),
     "onnx_groups": set(),
     "cuda_telemetry": {"torch", "pynvml"},
     "rocm_telemetry": {"torch", "amdsmi"},

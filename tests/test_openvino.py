@@ -19,8 +19,6 @@ GRAPH = alexnet.graph("paper2012", image_size=67, classes=10)
 WEIGHTS = weights.parity(GRAPH, 0)
 CASE = parity.Case(GRAPH, batch=4)
 CAN = OpenVino().probe().precisions
-
-
 XEON = {"amx_tile", "amx_bf16"}
 
 
@@ -187,7 +185,6 @@ def test_towers_are_run_as_one_in_16_bits_by_amx(precision, sets, reshapes, monk
     session = opened(precision)
     model = onnx.ModelProto.FromString(session.model())
     assert sum(node.op_type == "Reshape" for node in model.graph.node) == reshapes
-    case = parity.Case(GRAPH)
-    expected = parity.expect(case, Reference(), precision, train=False)
-    session = OpenVino().open(case.gated, case.weights, session.settings)
+    expected = parity.expect(CASE, Reference(), precision, train=False)
+    session = OpenVino().open(CASE.gated, CASE.weights, session.settings)
     assert parity.judge(expected, session, train=False).passed

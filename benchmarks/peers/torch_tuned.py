@@ -3,8 +3,8 @@
 Channels-last; bfloat16 copies of float32 weights; LRN as a 1x1 convolution with a banded matrix, some images at a time;
 the first convolution on blocks of pixels; dropout by Philox's bits; the update of 2012 by torch's fused SGD. With
 `regions`, LRN with the ReLU before it and in bfloat16 the update are loops of torch's compiler, so are the blocks of
-pixels, which in bfloat16 move four at a time; a ReLU comes behind the maxima of a pool; and in bfloat16 on AMX the last three
-convolutions take two images of an even batch in a row, 13 + 1 + 13 wide. Its time beside that of
+pixels, which in bfloat16 move four at a time; a ReLU comes behind the maxima of a pool; and in bfloat16 on AMX
+the last three convolutions take two images of an even batch in a row, 13 + 1 + 13 wide. Its time beside that of
 PortNet's channels-last stack of the same engine is what the portable contract costs.
 """
 
