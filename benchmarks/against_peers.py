@@ -9,8 +9,8 @@ turns, block by block, forwards and backwards, in rounds of fresh processes. Por
 measurement first. A peer's logits, from the same weights (those of the parity gate) and images, must be those of
 PortNet's float32 to 1e-3 of the largest (bfloat16: 5e-2), or it is no peer and there is no figure.
 
-PortNet sets glibc's thresholds for its own processes (`portnet.launch.TUNABLES`); a peer runs as its user would start
-it, without them, except for `torch-tuned` and `torch-regions`, which are what PortNet does written directly against
+PortNet sets how glibc allocates for its own processes (`portnet.launch.TUNABLES`); a peer runs as its user would start
+it, without that, except for `torch-tuned` and `torch-regions`, which are what PortNet does written directly against
 torch. With `GLIBC_TUNABLES` in this program's environment all run with that.
 
 There are two shares. That of the ceiling is the layers' FLOPs over the time and over the ceiling that the PortNet
