@@ -161,6 +161,9 @@ class ReferenceSession(Session):
     def weights(self) -> dict[str, Array]:
         return {name: np.array(value) for name, value in self.parameters.items()}
 
+    def latest_weights(self) -> Array:
+        return np.array([value.flat[-1] for value in self.parameters.values()])
+
     def state(self) -> dict[str, Array]:
         velocity = {f"velocity.{name}": np.array(value) for name, value in self.velocity.items()}
         return {name: np.array(value) for name, value in self.parameters.items()} | velocity

@@ -68,6 +68,9 @@ class FakeAsyncSession(ReferenceSession):
     def weights(self):
         return self._issue(lambda: ReferenceSession.weights(self)).wait()
 
+    def latest_weights(self):
+        return self._issue(lambda: ReferenceSession.latest_weights(self))
+
     def synchronize(self):
         if self.waits:
             self._issue(lambda: None).wait()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from portnet import clock
 from portnet.contract import Settings, Unsupported
 from portnet.graph import (
     LRN,
@@ -530,6 +531,21 @@ def test_large_parameters_are_updated_whole():
     s = session(graph, weights)
     s.train_step(np.ones((1, 70_000)), np.array([0]), np.array([0]), step=0, learning_rate=1.0)
     np.testing.assert_array_equal(s.weights()["fc.weight"], [[0.5] * 70_000, [-0.5] * 70_000])
+
+
+@BACKENDS
+def test_the_latest_weights_tell_an_update(backend):
+    """The clock asks for them: at the rate of its steps, and in what an inference would take many times over."""
+    graph = network()
+    images, labels = batch(graph)
+    s = backend.open(graph, random_weights(graph), Settings(precision="float32"))
+    put = [s.put(a) for a in (images, labels, np.arange(2))]
+    before = s.get(s.latest_weights())
+    s.train_step(*put, step=0, learning_rate=clock.MOVING)
+    after = s.get(s.latest_weights())
+    assert len(after) == len(graph.parameters)
+    assert (before != after).any()
+    np.testing.assert_array_equal(after, [value.flat[-1] for value in s.weights().values()])
 
 
 # Copies.
