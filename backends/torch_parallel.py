@@ -6,6 +6,7 @@ operations are the device's own (NCCL, RCCL under NCCL's name, oneCCL, Gloo on p
 
 import atexit
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before any group is entered: its functions' default arguments would hold that group for ever. See `_leave`.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -60,7 +64,15 @@ def join(device_type: str, collectives: str) -> None:
 
 
 def _leave() -> None:
+    """Leave the group so that its threads end.
+
+    Gloo's may still hold tensors of Python's when a collective operation has returned, and one that drops them while
+    the interpreter is finalized aborts the process (pytorch/pytorch#179291). They end with the last reference to the
+    group, which DistributedDataParallel has too.
+    """
     if dist.is_initialized():
+        for session in _training:
+            session._parallel = None
         dist.destroy_process_group()
 
 
@@ -172,6 +184,11 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
+def _reduced(group: _Group, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    group.count("all_reduce", ring(_bytes(bucket.buffer()), group.size))
+    return allreduce_hook(dist.group.WORLD, bucket)
+
+
 class DataSession(TorchSession):
     """Every process holds the whole network and takes its part of each batch; gradients are averaged.
 
@@ -192,12 +209,10 @@ class DataSession(TorchSession):
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
         how = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         self._parallel = DistributedDataParallel(_Losses(self), gradient_as_bucket_view=True, **how)
-        self._parallel.register_comm_hook(None, self._reduced)
+        # Not a method: what the hook refers to is kept alive through C++, where no collection of garbage sees it.
+        self._parallel.register_comm_hook(self.group, _reduced)
+        _training.add(self)
         self._settled = False
-
-    def _reduced(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self.group.count("all_reduce", ring(_bytes(bucket.buffer()), self.group.size))
-        return allreduce_hook(dist.group.WORLD, bucket)
 
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, *, step: int, learning_rate: float) -> Tensor:
         with self.group.counted():
@@ -239,6 +254,9 @@ class DataSession(TorchSession):
 
     def traffic(self) -> Mapping[str, Traffic]:
         return self.group.traffic()
+
+
+_training: weakref.WeakSet[DataSession] = weakref.WeakSet()
 
 
 class _Losses(nn.Module):

@@ -3,11 +3,14 @@
 torchrun --nproc-per-node N parallel_worker.py WAY OUT CASE...
 """
 
+import atexit
 import json
+import os
 import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 
 import portnet
 from portnet import parity, plugins, weights
@@ -89,7 +92,15 @@ def full_size():
     return {"traffic": json.dumps({k: [t.calls, t.bytes] for k, t in session.traffic().items()})}, session
 
 
+def ended(before):
+    """No thread is left of the group's, which could abort the process while the interpreter is finalized."""
+    if (left := psutil.Process().num_threads()) > before:
+        print(f"{left} threads at exit, {before} before the group was entered", file=sys.stderr, flush=True)
+        os._exit(3)
+
+
 def main(way, out, *cases):
+    global session  # to the end, as in a script
     found = {}
     for name in cases:
         if name == "full size":
@@ -102,4 +113,5 @@ def main(way, out, *cases):
 
 
 if __name__ == "__main__":
+    atexit.register(ended, psutil.Process().num_threads())  # the first to be registered is the last to be called
     main(*sys.argv[1:])
