@@ -78,6 +78,9 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
 Wide enough that no tensor is a handful of numbers, in which the baseline may be right by luck.
 """
 
+WAITED = 16
+"""Images of the steps whose end is waited for."""
+
 
 def checks(
     backend: str | Backend, *, precisions: Sequence[str] = ("float32",), image_size: int | None = None
@@ -279,7 +282,7 @@ def _masks(backend: Backend, precision: str) -> str:
 
 
 def _waits(backend: Backend, precision: str, mode: str) -> str:
-    case, other = _small(16), parity.Case(_small().graph, batch=16, seed=1)
+    case, other = _small(WAITED), parity.Case(_small().graph, batch=WAITED, seed=1)
     session = _open(backend, case, precision)
     work = clock.Work(session, mode, *((c.images, c.labels, c.ids) for c in (case, other)))
     seen = clock.examine(work, seconds=0.1, repeats=3)

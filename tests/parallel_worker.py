@@ -7,30 +7,21 @@ import atexit
 import json
 import os
 import sys
-from dataclasses import replace
 
 import numpy as np
 import psutil
+from thin import thin
 
 import portnet
 from portnet import parity, plugins, weights
 from portnet.contract import Settings
-from portnet.graph import Linear
 
 STEPS, RATE, BATCH = 5, 1e-4, 8
 
 
-def thin(preset):
-    """A preset at 67 pixels whose linear layers have 64 outputs, so that a step takes a moment."""
-    graph = portnet.graph(preset, image_size=67, classes=10)
-    layers, features = [], None
-    for layer in graph.layers:
-        if isinstance(layer, Linear):
-            out = 10 if layer is graph.layers[-1] else 64
-            layer = replace(layer, in_features=features or layer.in_features, out_features=out)
-            features = out
-        layers.append(layer)
-    return replace(graph, layers=tuple(layers))
+def network(preset):
+    """A preset at 67 pixels with few outputs, so that a step takes a moment."""
+    return thin(portnet.graph(preset, image_size=67, classes=10))
 
 
 def opened(graph, way, precision="float32", formulation="portable", accumulate=1, start=None):
@@ -55,7 +46,7 @@ def steps(session, case, first, count):
 def everything(case_of):
     """One case: gradients, five steps, and what a session that is restored from there does next."""
     way, (preset, precision, formulation, accumulate) = case_of
-    graph = thin(preset)
+    graph = network(preset)
     case, found = parity.Case(graph, batch=BATCH), {}
     session = opened(graph, way, precision, formulation, int(accumulate))
     if way != "data":

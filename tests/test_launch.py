@@ -27,7 +27,7 @@ def plugin(tmp_path_factory, monkeypatch):
     info = folder / "portnet_fakes-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: portnet-fakes\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[portnet]\nfakes = fakes_measured\n")
+    (info / "entry_points.txt").write_text("[portnet]\nfakes = fakes_measured\nthin = thin\n")
     path = os.pathsep.join(map(str, (folder, TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.delenv("PORTNET_DISABLE_PLUGINS", raising=False)

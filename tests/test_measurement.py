@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import thin
 from fakes_measured import FAKES
 
 from portnet import clock, launch, measurement, parity, plan, plugins, record, workload
@@ -29,11 +30,12 @@ SMALL = Spec(
 
 
 @pytest.fixture(autouse=True)
-def fakes(monkeypatch, tmp_path):
-    """The fakes beside PortNet's own backends, and a cache of one's own, once per run."""
+def fakes(monkeypatch):
+    """The fakes beside PortNet's own backends, on a thin network."""
     real = plugins.backends()
     registry = Registry([*real.values(), *FAKES.values()], [])
     monkeypatch.setattr(plugins, "backends", lambda: registry)
+    monkeypatch.setattr(workload.AlexNet, "graph_of", thin.graph_of)
     return registry
 
 

@@ -116,7 +116,7 @@ def test_what_crosses_between_the_towers(groups):
 def test_what_crosses_between_parts_of_the_batch(groups, size):
     """Every gradient once, by a ring: 2 (N - 1) times its bytes; and the loss."""
     case = CASES["data", size][-1]
-    parameters = parallel_worker.thin(case.split("/")[0]).parameter_count
+    parameters = parallel_worker.network(case.split("/")[0]).parameter_count
     traffic = json.loads(str(groups("data", size)[f"{case}: traffic"]))
     assert traffic.keys() == {"all_reduce"}
     assert traffic["all_reduce"][1] == 5 * 2 * (size - 1) * 4 * (parameters + 1)
@@ -138,7 +138,7 @@ def test_the_cut_of_2012(preset):
 
 @pytest.mark.parametrize("preset", WITH_TOWERS)
 def test_halves_are_the_whole_again(preset):
-    graph = parallel_worker.thin(preset)
+    graph = parallel_worker.network(preset)
     cut = towers.split(graph)
     whole = {name: np.arange(np.prod(shape)).reshape(shape) for name, shape in graph.parameters.items()}
     halves = [cut.take(whole, device) for device in (0, 1)]
@@ -166,7 +166,7 @@ def test_networks_without_towers(preset, why):
 
 
 def open_alone(**settings):
-    return parallel_worker.opened(parallel_worker.thin("paper2012"), **settings)
+    return parallel_worker.opened(parallel_worker.network("paper2012"), **settings)
 
 
 def test_a_process_that_belongs_to_no_group(monkeypatch):
