@@ -291,7 +291,8 @@ class Session(ABC):
         """Some element of every parameter as one small device value that all updates so far went into.
 
         It tells the harness, cheaply, whether an update was finished. None where there is no cheap way; it then runs
-        an inference.
+        an inference, and where the time of that varies by more than `portnet.clock.WAIT` of a block, a session that
+        waits can look as if it did not.
         """
         return None
 
