@@ -63,6 +63,9 @@ def join(device_type: str, collectives: str) -> None:
     atexit.register(_leave)
 
 
+_training: "weakref.WeakSet[DataSession]" = weakref.WeakSet()
+
+
 def _leave() -> None:
     """Leave the group so that its threads end.
 
@@ -254,9 +257,6 @@ class DataSession(TorchSession):
 
     def traffic(self) -> Mapping[str, Traffic]:
         return self.group.traffic()
-
-
-_training: weakref.WeakSet[DataSession] = weakref.WeakSet()
 
 
 class _Losses(nn.Module):

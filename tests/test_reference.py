@@ -535,7 +535,7 @@ def test_large_parameters_are_updated_whole():
 
 @BACKENDS
 def test_the_latest_weights_tell_an_update(backend):
-    """The clock asks for them: at the rate of its steps, and in what an inference would take many times over."""
+    """Even of the smallest rate at which the clock looks for one."""
     graph = network()
     images, labels = batch(graph)
     s = backend.open(graph, random_weights(graph), Settings(precision="float32"))
